@@ -1,0 +1,162 @@
+"""Time of each op on the CPU: `python benchmarks/ops.py [--repeat N] [--only NAME]`.
+
+The limits are measured in the same run: sgemm (SciPy's OpenBLAS, float32, 2048³, the same threads) for what multiplies,
+a copy of 512 MiB (read + write) for what moves memory. A row's work is the least that the op must do: floating-point operations
+of its GEMM form, or bytes with each input read and each output written once. Medians; the last line is JSON.
+"""
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+from scipy.linalg.blas import sgemm
+
+from mambainllama import backend
+
+rng = np.random.default_rng(0)
+
+
+def randn(*shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def median_ms(call, repeat, seconds=0.5):
+    """Median of at least `repeat` calls and at least `seconds` of them, after two to warm up."""
+    call(), call()
+    times, start = [], time.perf_counter()
+    while len(times) < repeat or time.perf_counter() - start < seconds:
+        t = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - t)
+    return 1e3 * statistics.median(times)
+
+
+def limits():
+    a, b = randn(2048, 2048), randn(2048, 2048)
+    a, b, c = (np.asfortranarray(x) for x in (a, b, np.zeros_like(a)))
+    flops = 2 * 2048**3 / median_ms(lambda: sgemm(1, a, b, c=c, overwrite_c=1), 5) / 1e6
+    src, dst = np.ones(1 << 27, np.float32), np.empty(1 << 27, np.float32)
+    return flops, 2 * src.nbytes / median_ms(lambda: np.copyto(dst, src), 5) / 1e6
+
+
+def heads(B, T, H, G, P, N):
+    return dict(x=randn(B, T, G, P), dt=randn(B, T, H), A_log=np.log(rng.uniform(1, 16, H)).astype(np.float32), B=randn(B, T, G, N),
+                C=randn(B, T, H, N), D=randn(H), dt_bias=randn(H) - 4)
+
+
+def channels(B, T, D, N, J):
+    return dict(x=randn(B, T, D), dt=randn(B, T, D), A_log=np.log(np.tile(np.arange(1, N + 1), (D, 1))).astype(np.float32),
+                B=randn(B, T, J, N), C=randn(B, T, D // N, N), D=randn(D), dt_bias=randn(D) - 4, z=randn(B, T, D))
+
+
+def ring(module, args, S, width, count, state, ring_x, ring_dt, ring_B):
+    """The state of a decode that stands `at` tokens after the last fold; time is averaged over the ring by cycling pos."""
+    R = count + module.PENDING
+    return args | dict(state=np.zeros((S, *state), np.float32), ring_x=randn(S, R, *ring_x), ring_dt=np.full((S, R, *ring_dt), 0.01, np.float32),
+                       ring_B=randn(S, R, *ring_B))
+
+
+def decode(op, args, count):
+    """One token a call, as generate makes them: pos moves by one, the checkpoint folds every `count` tokens."""
+    at = [count]
+
+    def call():
+        pos = at[0]
+        at[0] += 1
+        op(**args, pos=np.array([pos], np.int32), committed=np.array([pos], np.int32), seen=np.array([pos - 1], np.int32))
+
+    return call
+
+
+def overhead(module):
+    """What a call costs through Python with nothing to do."""
+    x, w = randn(1, 16), np.ones(16, np.float32)
+    return median_ms(lambda: module.rmsnorm_forward(x, w, eps=1e-5), 1000)
+
+
+def cases(m):
+    """(name, call, GFLOP or None, GB or None)"""
+    H, G, P, N, T = 48, 48, 64, 128, 512
+    ssd = heads(1, T, H, G, P, N)
+    flops = 4 * P * N * H * T / 1e9  # the state in and out; chunks add T·Q·(N+P)·H
+    yield "ssd forward T 512, 48 heads x 64, N 128", lambda: m.ssd_forward(**ssd), flops, None
+    dy = randn(1, T, H, P)
+    yield "ssd backward, same", lambda: m.ssd_backward(dy=dy, **ssd), 3 * flops, None
+    one = ring(m, heads(1, 1, H, G, P, N), 1, None, m.SSD_RING, (H, P, N), (G, P), (H,), (G, N))
+    yield "ssd T 1, same heads", decode(m.ssd_forward, one, m.SSD_RING), None, 4 * H * P * N / 1e9
+    scan = channels(1, 512, 2048, 16, 128)
+    exps = 512 * 2048 * 16 * 7 / 1e9
+    yield "scan forward T 512, D 2048, N 16", lambda: m.selective_scan_forward(**scan), exps, None
+    dy1 = randn(1, 512, 2048)
+    yield "scan backward, same", lambda: m.selective_scan_backward(dy=dy1, **scan), 3 * exps, None
+    token = ring(m, channels(1, 1, 4096, 16, 256), 1, None, m.SCAN_RING, (4096, 16), (4096,), (4096,), (256, 16))
+    yield "scan T 1, D 4096", decode(m.selective_scan_forward, token, m.SCAN_RING), None, 3 * 4 * 4096 * 16 / 1e9
+    q, k, v = randn(1, 512, 32, 64), randn(1, 512, 8, 64), randn(1, 512, 8, 64)
+    yield "attention forward T 512, 32 heads x 64", lambda: m.attention_forward(q=q, k=k, v=v), 2 * 32 * 512 * 512 * 64 / 1e9, None
+    o, lse = m.attention_forward(q=q, k=k, v=v)
+    yield "attention backward, same", lambda: m.attention_backward(do=q, q=q, k=k, v=v, o=o, lse=lse), 5 * 32 * 512 * 512 * 64 / 1e9, None
+    cache = randn(1, 8192, 8, 64)
+    q1, k1 = randn(1, 1, 32, 64), randn(1, 1, 8, 64)
+    pos = np.array([8190], np.int32)
+    yield ("attention T 1, context 8192, 8 kv heads x 64", lambda: m.attention_forward(q=q1, k=k1, v=k1, kcache=cache, vcache=cache, pos=pos),
+           None, 2 * cache.nbytes / 1e9)
+    x, w = randn(1, 512, 6144), randn(6144, 4)
+    yield "conv1d + SiLU forward T 512, 6144 channels", lambda: m.conv1d_forward(x=x, w=w), None, 2 * x.nbytes / 1e9
+    yield "conv1d backward, same", lambda: m.conv1d_backward(dy=x, x=x, w=w), None, 3 * x.nbytes / 1e9
+    a, b = randn(1, 512, 2048), randn(8192, 2048)
+    half = (b.view(np.uint32) >> 16).astype(np.uint16)
+    flops = 2 * 512 * 2048 * 8192 / 1e9
+    yield "linear 512 x 2048 -> 8192, float32", lambda: m.linear_forward(x=a, w=b), flops, None
+    yield "linear, same, bf16 weights", lambda: m.linear_forward(x=a, w=half), flops, None
+    dlin = randn(1, 512, 8192)
+    dw = np.zeros_like(b)
+    yield "linear backward, same, float32", lambda: m.linear_backward(dy=dlin, x=a, w=b, dw=dw), 2 * flops, None
+    for rows in (1, 5):
+        xr = randn(1, rows, 2048)
+        big = np.zeros((65536, 2048), np.uint16)
+        big[:] = half[:1]
+        yield f"linear {rows} x 2048 -> 65536, bf16 weights", lambda xr=xr, big=big: m.linear_forward(x=xr, w=big), None, big.nbytes / 1e9
+    r = randn(512, 2048)
+    scale = randn(2048)
+    yield "rmsnorm forward 512 x 2048", lambda: m.rmsnorm_forward(x=r, w=scale, eps=1e-5), None, 2 * r.nbytes / 1e9
+    gate = randn(512, 8192)
+    yield "swiglu forward 512 x 8192", lambda: m.swiglu_forward(gate=gate, up=gate), None, 3 * gate.nbytes / 1e9
+    h, table, target = randn(256, 512), randn(32000, 512), rng.integers(0, 32000, 256).astype(np.int32)
+    yield ("lm_loss backward 256 rows, C 512, V 32000, with teacher", lambda: m.lm_loss_backward(h=h, w=table, target=target, th=h, tw=table),
+           6 * 256 * 512 * 32000 / 1e9, None)
+    n = 1 << 24
+    p, g, mom, var = randn(n), randn(n), np.zeros(n, np.float32), np.zeros(n, np.float32)
+    yield ("adamw 16 Mi parameters", lambda: m.adamw(w=p, m=mom, v=var, grad=g, lr=1e-3, b1=0.9, b2=0.99, eps=1e-8, decay=0.0, step=1),
+           None, 7 * p.nbytes / 1e9)
+    logits = randn(8, 128256)
+    ones, zero = np.ones(8, np.float32), np.zeros(8, np.int32)
+    yield ("sample 8 rows, V 128256, top-k 50, top-p 0.9",
+           lambda: m.sample(logits=logits, temperature=ones, top_k=zero + 50, top_p=ones * np.float32(0.9), min_p=ones * 0, u=ones / 2),
+           None, logits.nbytes / 1e9)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", default="", help="only the rows whose name holds this text")
+    args = parser.parse_args()
+    module = backend.module("cpu")
+    gemm, copy = limits()
+    print(f"{module.__name__}, {module.workers()} threads; sgemm {gemm:.0f} GFLOP/s, copy {copy:.1f} GB/s, "
+          f"empty call {1e3 * overhead(module):.1f} us (included in every row)\n")
+    print(f"{'op':58s} {'ms':>9s} {'GFLOP/s':>9s} {'GB/s':>8s} {'of limit':>9s}")
+    rows = []
+    for name, call, gflop, gb in cases(module):
+        if args.only not in name:
+            continue
+        ms = median_ms(call, args.repeat)
+        rate, limit = (gflop, gemm) if gflop else (gb, copy)
+        rate = rate / ms * 1e3
+        rows.append({"op": name, "ms": ms, "gflops": rate if gflop else None, "gbs": None if gflop else rate, "share": rate / limit})
+        print(f"{name:58s} {ms:9.4f} {rate if gflop else float('nan'):9.1f} {float('nan') if gflop else rate:8.1f} {rate / limit:9.0%}".replace("nan", "  -"))
+    print(json.dumps({"module": module.__name__, "threads": module.workers(), "sgemm_gflops": gemm, "copy_gbs": copy, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

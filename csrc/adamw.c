@@ -1,0 +1,72 @@
+/* adamw.c - the optimiser's step and the sum of squares of a gradient, each one pass over the arena. */
+#include "device.h"
+#include "ops.h"
+
+/* Elements updated before they are rounded to bf16; elements a partial sum. Work is shared out in whole ones. */
+enum { UPDATE = 2048, PARTIAL = 1 << 15 };
+
+typedef struct {
+  float *w, *m, *v;
+  const float *grad;
+  uint16_t *rounded; /* of w, or NULL */
+  float lr, b1, b2, eps, decay, gscale, c1, c2;
+  size_t n;
+} AdamW;
+
+static size_t min(size_t a, size_t b) { return a < b ? a : b; }
+
+static void update(const AdamW *a, size_t from, size_t n) {
+  float *restrict w = a->w + from, *restrict m = a->m + from, *restrict v = a->v + from;
+  const float *restrict grad = a->grad + from;
+  const float lr = a->lr, b1 = a->b1, b2 = a->b2, eps = a->eps, decay = a->decay, gscale = a->gscale, c1 = a->c1, c2 = a->c2;
+  for (size_t i = 0; i < n; i++) {
+    float g = gscale * grad[i];
+    m[i] = b1 * m[i] + (1 - b1) * g;
+    v[i] = b2 * v[i] + (1 - b2) * g * g;
+    w[i] -= lr * (m[i] * c1 / (sqrtf(v[i] * c2) + eps) + decay * w[i]);
+  }
+  for (size_t i = from; a->rounded && i < from + n; i++) a->rounded[i] = float_to_bf16(a->w[i]);
+}
+
+static void updates(void *arg, size_t i, size_t end, size_t worker) {
+  (void)worker;
+  const AdamW *a = arg;
+  for (; i < end; i++) update(a, i * UPDATE, min(UPDATE, a->n - i * UPDATE));
+}
+
+void adamw(void *w, float *master, float *m, float *v, const float *grad, int type, float lr, float b1, float b2, float eps,
+           float decay, float gscale, size_t step, size_t n) {
+  AdamW a = {type == FLOAT32 ? w : master, m, v, grad, type == FLOAT32 ? NULL : w, lr, b1, b2, eps, decay, gscale, 0, 0, n};
+  a.c1 = (float)(1 / (1 - pow(b1, (double)step)));
+  a.c2 = (float)(1 / (1 - pow(b2, (double)step)));
+  parallel(updates, &a, (n + UPDATE - 1) / UPDATE, 20.0 * UPDATE);
+}
+
+typedef struct {
+  double *partial;
+  const float *g;
+  size_t n;
+} Squares;
+
+static void squares(void *arg, size_t i, size_t end, size_t worker) {
+  (void)worker;
+  const Squares *a = arg;
+  for (; i < end; i++) {
+    const float *g = a->g + i * PARTIAL;
+    double s = 0;
+    size_t n = min(PARTIAL, a->n - i * PARTIAL);
+#pragma omp simd reduction(+ : s)
+    for (size_t j = 0; j < n; j++) s += (double)g[j] * g[j];
+    a->partial[i] = s;
+  }
+}
+
+double sum_squares(const float *g, size_t n) {
+  const size_t parts = (n + PARTIAL - 1) / PARTIAL;
+  Squares a = {device_scratch(parts * sizeof(double)), g, n};
+  if (!a.partial) return 0;
+  parallel(squares, &a, parts, 2.0 * PARTIAL);
+  double s = 0;
+  for (size_t i = 0; i < parts; i++) s += a.partial[i];
+  return s;
+}

@@ -1,0 +1,42 @@
+/* device.c - device.h on the CPU: memory is memory. */
+#include "device.h"
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+static _Thread_local const char *failure;
+
+void device_fail(const char *what) {
+  if (!failure) failure = what;
+}
+
+const char *device_error(void) {
+  const char *what = failure;
+  failure = NULL;
+  return what;
+}
+
+void *device_alloc(size_t bytes) {
+  void *p = bytes > SIZE_MAX - 63 ? NULL : aligned_alloc(64, (bytes + 63 + !bytes) & ~(size_t)63);
+  if (!p) device_fail("out of memory");
+  return p;
+}
+
+void device_free(void *p) { free(p); }
+void device_push(void *device, const void *host, size_t bytes) { memcpy(device, host, bytes); }
+void device_pull(void *host, const void *device, size_t bytes) { memcpy(host, device, bytes); }
+void pull_floats(float *host, const real *device, size_t n) { memcpy(host, device, n * sizeof *host); }
+void device_copy(void *dst, const void *src, size_t bytes) { memcpy(dst, src, bytes); }
+void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+
+void *device_scratch(size_t bytes) {
+  static _Thread_local void *scratch;
+  static _Thread_local size_t size;
+  if (bytes > size) {
+    free(scratch);
+    scratch = device_alloc(bytes);
+    size = scratch ? bytes : 0;
+  }
+  return scratch;
+}

@@ -1,0 +1,155 @@
+/* loss.c - lm_head, softmax, cross-entropy, KL to a teacher and their gradient, fused over chunks of the rows that count.
+ *
+ * The chunk's buffers come from device_alloc: linear_forward and linear_backward use device_scratch in between. */
+#include "device.h"
+#include "ops.h"
+
+enum { BLOCK = 256, MAX_ROWS = 256, MAX_LOGITS = 1 << 22 }; /* floats summed before double; rows, logits of a chunk */
+
+/* A chunk: z (n,V) the student's logits, then d loss / dz if `gradient`; u (n,V) the teacher's, or NULL; row (n) which m. */
+typedef struct {
+  float *ce, *kl, *z, *u;
+  const size_t *row;
+  const int32_t *target;
+  const float *wce, *wkl;
+  float tau;
+  int kind, gradient;
+  size_t V;
+} Chunk;
+
+/* softmax_i = exp((x_i - max) beta) / sum */
+typedef struct {
+  float max;
+  double sum;
+} Softmax;
+
+static float ce_weight(const float *wce, const int32_t *target, size_t m) { return wce ? wce[m] : target[m] >= 0; }
+static float kl_weight(const float *wkl, const int32_t *target, size_t m) { return wkl ? wkl[m] : target[m] >= 0; }
+static size_t min(size_t a, size_t b) { return a < b ? a : b; }
+
+static Softmax softmax(const float *x, float beta, size_t n) {
+  float max = -INFINITY;
+#pragma omp simd reduction(max : max)
+  for (size_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+  double sum = 0;
+  for (size_t i = 0; i < n; i += BLOCK) {
+    float s = 0;
+    size_t end = min(i + BLOCK, n);
+#pragma omp simd reduction(+ : s)
+    for (size_t j = i; j < end; j++) s += exp_((x[j] - max) * beta);
+    sum += s;
+  }
+  return (Softmax){max, sum};
+}
+
+/* d = log t - log s of one logit, s = softmax(z beta), t = softmax(u beta), shift = log t.sum - log s.sum */
+#define D(u, z) ((((u) - t.max) - ((z) - s.max)) * beta - shift)
+
+/* sum_i exp((x_i - max) beta) d_i, x either z or u */
+static double divergence(const float *x, float max, const float *z, const float *u, Softmax s, Softmax t, float beta,
+                         float shift, size_t n) {
+  double sum = 0;
+  for (size_t i = 0; i < n; i += BLOCK) {
+    float part = 0;
+    size_t end = min(i + BLOCK, n);
+#pragma omp simd reduction(+ : part)
+    for (size_t j = i; j < end; j++) part += exp_((x[j] - max) * beta) * D(u[j], z[j]);
+    sum += part;
+  }
+  return sum;
+}
+
+/* Returns tau^2 sum t d (forward) or tau^2 sum s (-d) (reverse) of one row, beta = 1/tau. If gradient, u = weight times its
+ * derivative by z: forward tau (s - t), reverse tau s (-d - sum s (-d)). */
+static double row_kl(float *restrict u, const float *restrict z, const Chunk *c, float weight) {
+  const size_t V = c->V;
+  const float beta = 1 / c->tau;
+  const Softmax s = softmax(z, beta, V), t = softmax(u, beta, V);
+  const double exact = log(t.sum) - log(s.sum);
+  const float shift = (float)exact;
+  double kl = c->kind ? -divergence(z, s.max, z, u, s, t, beta, shift, V) / s.sum - (shift - exact)
+                      : divergence(u, t.max, z, u, s, t, beta, shift, V) / t.sum + (shift - exact);
+  if (c->gradient) {
+    const float a = (float)(weight * c->tau / s.sum), b = (float)(weight * c->tau / t.sum), mean = (float)kl;
+    if (c->kind)
+      for (size_t i = 0; i < V; i++) u[i] = a * exp_((z[i] - s.max) * beta) * (-D(u[i], z[i]) - mean);
+    else
+      for (size_t i = 0; i < V; i++) u[i] = a * exp_((z[i] - s.max) * beta) - b * exp_((u[i] - t.max) * beta);
+  }
+  return (kl < 0 ? 0 : kl) * c->tau * c->tau;
+}
+
+/* Returns log sum exp z - z[target] (0 where target < 0). If gradient, z = weight (softmax(z) - onehot(target)) + add. */
+static double row_ce(float *restrict z, const float *restrict add, const Chunk *c, int32_t target, float weight) {
+  if (!c->gradient && target < 0) return 0;
+  Softmax p = softmax(z, 1, c->V);
+  double ce = target < 0 ? 0 : log(p.sum) + ((double)p.max - z[target]);
+  if (c->gradient) {
+    const float a = target < 0 ? 0 : (float)(weight / p.sum);
+    if (add)
+      for (size_t i = 0; i < c->V; i++) z[i] = a * exp_(z[i] - p.max) + add[i];
+    else
+      for (size_t i = 0; i < c->V; i++) z[i] = a * exp_(z[i] - p.max);
+    if (target >= 0) z[target] -= weight;
+  }
+  return ce;
+}
+
+static void chunk_rows(void *arg, size_t i, size_t end, size_t worker) {
+  (void)worker;
+  const Chunk *c = arg;
+  for (; i < end; i++) {
+    const size_t m = c->row[i];
+    float *z = c->z + i * c->V, *u = c->u ? c->u + i * c->V : NULL;
+    if (u) c->kl[m] = (float)row_kl(u, z, c, kl_weight(c->wkl, c->target, m));
+    c->ce[m] = (float)row_ce(z, u, c, c->target[m], ce_weight(c->wce, c->target, m));
+  }
+}
+
+static void gather(real *dst, const real *src, const size_t *row, size_t n, size_t C) {
+  for (size_t i = 0; i < n; i++) memcpy(dst + i * C, src + row[i] * C, C * sizeof *dst);
+}
+
+/* dh NULL: the losses alone */
+static void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
+                    Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+  memset(ce, 0, M * sizeof *ce);
+  memset(kl, 0, M * sizeof *kl);
+  if (dh) memset(dh, 0, M * C * sizeof *dh);
+  if (!M || !V) return;
+  const size_t rows = min(M, min(MAX_ROWS, MAX_LOGITS / V + 1)), teacher = th ? 1 : 0, gradient = dh ? 1 : 0;
+  float *z = device_alloc(rows * ((1 + teacher) * V + (1 + gradient) * C + teacher * K) * sizeof *z + rows * sizeof(size_t));
+  if (!z) return;
+  size_t *row = (size_t *)z;
+  z = (float *)(row + rows);
+  float *u = th ? z + rows * V : NULL;
+  real *x = z + (1 + teacher) * rows * V, *dx = x + rows * C, *tx = x + (1 + gradient) * rows * C;
+  Chunk c = {ce, kl, z, u, row, target, wce, wkl, tau, kind, dh != NULL, V};
+  for (size_t m = 0; m < M;) {
+    size_t n = 0;
+    for (; m < M && n < rows; m++)
+      if (ce_weight(wce, target, m) != 0 || (th && kl_weight(wkl, target, m) != 0)) row[n++] = m;
+    gather(x, h, row, n, C);
+    linear_forward(z, x, w, NULL, 0, 1, n, C, V);
+    if (th) {
+      gather(tx, th, row, n, K);
+      linear_forward(u, tx, tw, NULL, 0, 1, n, K, V);
+    }
+    parallel(chunk_rows, &c, n, 50.0 * (1 + teacher) * V);
+    if (!dh) continue;
+    linear_backward(dx, dw, NULL, z, x, w, 0, n, C, V);
+    for (size_t i = 0; i < n; i++) memcpy(dh + row[i] * C, dx + i * C, C * sizeof *dh);
+  }
+  device_free(row);
+}
+
+void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
+                     const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+  lm_loss(ce, kl, NULL, NULL, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+}
+
+void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
+                      Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
+                      size_t K) {
+  lm_loss(ce, kl, dh, dw, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+}

@@ -1,0 +1,611 @@
+/* model.c - parameters, forward, backward, loss, optimiser step. */
+#include "model.h"
+
+#include <stdlib.h>
+
+/* ---- arena ---------------------------------------------------------------------------------------------------------------- */
+
+typedef struct Block {
+  struct Block *below;
+  size_t size, used;
+  char *data;
+} Block;
+typedef struct {
+  Block *block;
+  size_t used, total;
+} Mark;
+
+static void pop(Arena *a) {
+  Block *b = a->block;
+  a->block = b->below;
+  device_free(b->data);
+  free(b);
+}
+
+static int push(Arena *a, size_t size) {
+  Block *b = malloc(sizeof *b);
+  char *data = b ? device_alloc(size) : NULL;
+  if (!data) {
+    device_fail("out of memory for activations");
+    free(b);
+    return -1;
+  }
+  *b = (Block){a->block, size, 0, data};
+  a->block = b;
+  return 0;
+}
+
+void *take(Arena *a, size_t bytes) {
+  bytes = (bytes + 63) & ~(size_t)63;
+  if (!a->block || a->block->size - a->block->used < bytes)
+    if (push(a, bytes > (1 << 20) ? bytes : 1 << 20)) longjmp(*a->out_of_memory, 1);
+  void *p = a->block->data + a->block->used;
+  a->block->used += bytes;
+  a->used += bytes;
+  if (a->used > a->peak) a->peak = a->used;
+  return p;
+}
+
+static Mark mark(const Arena *a) { return (Mark){a->block, a->block ? a->block->used : 0, a->used}; }
+
+static void release(Arena *a, Mark m) {
+  while (a->block != m.block) pop(a);
+  if (a->block) a->block->used = m.used;
+  a->used = m.total;
+}
+
+/* A call starts: what grew in pieces before becomes one block. */
+static void arena_begin(Arena *a, jmp_buf *out_of_memory) {
+  a->out_of_memory = out_of_memory;
+  a->used = 0;
+  if (a->block && !a->block->below && a->block->size >= a->peak) {
+    a->block->used = 0;
+    return;
+  }
+  while (a->block) pop(a);
+  if (a->peak && push(a, a->peak)) longjmp(*out_of_memory, 1);
+}
+
+static void arena_free(Arena *a) {
+  while (a->block) pop(a);
+  a->used = a->peak = 0;
+}
+
+/* ---- parameters ------------------------------------------------------------------------------------------------------------- */
+
+size_t param_bytes(const Param *p) { return p->n * (p->type == FLOAT32 ? 4 : 2); }
+
+Matrix matrix(const Param *p, size_t row) {
+  size_t skip = row * p->b * (p->type == FLOAT32 ? 4 : 2);
+  return (Matrix){(const char *)p->buffer->data + skip, p->type};
+}
+
+const float *vector(const Param *p) { return p->name ? p->buffer->data : NULL; }
+
+float *gradient(const Model *m, const Param *p) {
+  return p->name && p->trainable && m->gradients ? m->gradients + p->gradient : NULL;
+}
+
+size_t param_count(const Model *m) { return 3 + m->c.layers * PARAM_KINDS; }
+
+Param *param_at(Model *m, size_t i, size_t *layer) {
+  *layer = i < 3 ? 0 : (i - 3) / PARAM_KINDS;
+  return i < 3 ? m->top + i : &m->layer[*layer][(i - 3) % PARAM_KINDS];
+}
+
+static void release_buffer(Buffer *b) {
+  if (!b || --b->refs) return;
+  device_free(b->data);
+  free(b);
+}
+
+static void drop_moments(Param *p) {
+  device_free(p->m);
+  device_free(p->v);
+  device_free(p->master);
+  p->m = p->v = p->master = NULL;
+}
+
+void param_release(Param *p) {
+  release_buffer(p->buffer);
+  drop_moments(p);
+  *p = (Param){0};
+}
+
+static Buffer *new_buffer(size_t bytes) {
+  Buffer *b = malloc(sizeof *b);
+  void *data = b ? device_alloc(bytes) : NULL;
+  if (!data) {
+    device_fail("out of memory for parameters");
+    free(b);
+    return NULL;
+  }
+  *b = (Buffer){1, data};
+  return b;
+}
+
+void param_share(Param *to, const Param *from) {
+  if (to->buffer == from->buffer) return;
+  release_buffer(to->buffer);
+  to->buffer = from->buffer;
+  to->buffer->refs++;
+}
+
+/* Copy on write. */
+int param_own(Param *p) {
+  if (p->buffer->refs == 1) return 0;
+  Buffer *b = new_buffer(param_bytes(p));
+  if (!b) return -1;
+  device_copy(b->data, p->buffer->data, param_bytes(p));
+  release_buffer(p->buffer);
+  p->buffer = b;
+  return 0;
+}
+
+static int make_params(Model *m, Param *param, int mixers, int type) {
+  const Config *c = &m->c;
+  const size_t C_ = c->width, D_ = c->heads * c->head_dim, E_ = c->kv_heads * c->head_dim, H_ = c->heads, P_ = c->head_dim;
+  const size_t F_ = c->mlp, V_ = c->vocab, N_ = SCAN_STATE, R_ = (c->width + 15) / 16, W_ = CONV;
+#define C C_
+#define D D_
+#define E E_
+#define H H_
+#define P P_
+#define F F_
+#define V V_
+#define N N_
+#define R R_
+#define W W_
+#define X(id, whose, when, text, shape, rows, cols)                                     \
+  if (((whose) == TOP ? mixers == TOP : (whose) & mixers) && (when) && !param[id].name) \
+    param[id] = (Param){.name = text, .form = shape, .type = shape == MATRIX ? type : FLOAT32, .a = rows, .b = cols, .n = (rows) * (cols), .trainable = 1};
+  PARAMS(X)
+#undef X
+#undef C
+#undef D
+#undef E
+#undef H
+#undef P
+#undef F
+#undef V
+#undef N
+#undef R
+#undef W
+  for (int i = 0; i < (mixers == TOP ? 3 : PARAM_KINDS); i++)
+    if (param[i].name && !param[i].buffer) {
+      if (!(param[i].buffer = new_buffer(param_bytes(param + i)))) return -1;
+      device_zero(param[i].buffer->data, param_bytes(param + i));
+    }
+  return 0;
+}
+
+int model_init(Model *m) {
+  m->layer = calloc(m->c.layers ? m->c.layers : 1, sizeof *m->layer);
+  if (!m->layer || make_params(m, m->top, TOP, m->type)) return -1;
+  for (size_t l = 0; l < m->c.layers; l++)
+    if (make_params(m, m->layer[l], 1 << m->kind[l], m->type)) return -1;
+  return 0;
+}
+
+/* The same model over the same buffers, all trainable. */
+int model_clone(Model *m, const Model *from) {
+  const size_t L = from->c.layers, P = from->c.head_dim / 2;
+  *m = (Model){.c = from->c, .type = from->type};
+  m->layer = calloc(L ? L : 1, sizeof *m->layer);
+  m->kind = malloc(L * sizeof *m->kind + 1);
+  m->window = malloc(L * sizeof *m->window + 1);
+  m->inv_freq = device_alloc(P * sizeof *m->inv_freq);
+  if (!m->layer || !m->kind || !m->window || !m->inv_freq) return -1;
+  memcpy(m->kind, from->kind, L * sizeof *m->kind);
+  memcpy(m->window, from->window, L * sizeof *m->window);
+  device_copy(m->inv_freq, from->inv_freq, P * sizeof *m->inv_freq);
+  size_t layer;
+  for (size_t i = 0; i < param_count(m); i++) {
+    Param *p = param_at(m, i, &layer), q = *param_at((Model *)from, i, &layer);
+    if (!q.name) continue;
+    *p = (Param){.name = q.name, .form = q.form, .type = q.type, .a = q.a, .b = q.b, .n = q.n, .trainable = 1};
+    param_share(p, &q);
+  }
+  return 0;
+}
+
+static void drop_gradients(Model *m) {
+  device_free(m->gradients);
+  m->gradients = NULL;
+}
+
+void model_free(Model *m) {
+  size_t layer;
+  if (m->layer)
+    for (size_t i = 0; i < param_count(m); i++) param_release(param_at(m, i, &layer));
+  drop_gradients(m);
+  arena_free(&m->arena);
+  device_free(m->inv_freq);
+  free(m->layer);
+  free(m->kind);
+  free(m->window);
+}
+
+/* The other mixer's parameters, unset; what both have (norms, MLP) stays. */
+int model_set_kind(Model *m, size_t l, int kind) {
+  Param *p = m->layer[l];
+  const char *kept[] = {p[NORM1].name, p[NORM2].name, p[GATE].name, p[UP].name, p[DOWN].name, p[BGATE].name, p[BUP].name, p[BDOWN].name};
+  for (int i = 0; i < PARAM_KINDS; i++) {
+    int keep = 0;
+    for (size_t k = 0; k < sizeof kept / sizeof *kept; k++) keep |= p[i].name && p[i].name == kept[k];
+    if (!keep) param_release(p + i);
+  }
+  m->kind[l] = kind;
+  drop_gradients(m);
+  return make_params(m, p, 1 << kind, m->type);
+}
+
+void param_set_trainable(Model *m, Param *p, int trainable) {
+  if (p->trainable == trainable) return;
+  p->trainable = trainable;
+  if (!trainable) drop_moments(p);
+  drop_gradients(m);
+}
+
+int model_gradients(Model *m) {
+  if (m->gradients) return 0;
+  size_t layer, n = 0;
+  for (size_t i = 0; i < param_count(m); i++) {
+    Param *p = param_at(m, i, &layer);
+    if (!p->name || !p->trainable) continue;
+    p->gradient = n;
+    n += (p->n + 15) & ~(size_t)15;
+  }
+  m->gradient_count = n;
+  m->gradients = device_alloc(n * sizeof(float));
+  if (!m->gradients) return -1;
+  device_zero(m->gradients, n * sizeof(float));
+  return 0;
+}
+
+int model_step(Model *m, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step) {
+  size_t layer;
+  for (size_t i = 0; i < param_count(m); i++) {
+    Param *p = param_at(m, i, &layer);
+    if (!gradient(m, p)) continue;
+    if (param_own(p) || param_moments(p)) return -1;
+    adamw(p->buffer->data, p->master, p->m, p->v, gradient(m, p), p->type, lr, b1, b2, eps, decay, gscale, step, p->n);
+  }
+  return 0;
+}
+
+int param_moments(Param *p) {
+  if (p->m) return 0;
+  p->m = device_alloc(p->n * sizeof(float));
+  p->v = device_alloc(p->n * sizeof(float));
+  p->master = p->type == BFLOAT16 ? device_alloc(p->n * sizeof(float)) : NULL;
+  if (!p->m || !p->v || (p->type == BFLOAT16 && !p->master)) {
+    drop_moments(p);
+    return -1;
+  }
+  device_zero(p->m, p->n * sizeof(float));
+  device_zero(p->v, p->n * sizeof(float));
+  if (p->master) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
+  return 0;
+}
+
+/* ---- forward -------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct { /* of one layer: input, after the mixer, MLP's halves; M rows each */
+  real *in, *mid, *gate, *up;
+  Acts acts;
+} Saved;
+
+static real *reals(Arena *a, size_t n) { return take(a, n * sizeof(real)); }
+
+static void layer_layout(Model *m, size_t l, Saved *s, size_t M) {
+  s->gate = reals(&m->arena, M * m->c.mlp);
+  s->up = reals(&m->arena, M * m->c.mlp);
+  MIXER[m->kind[l]].layout(m, l, &m->arena, &s->acts, M);
+}
+
+/* in -> mid -> out; without gradients all three are one array. out NULL: recomputation, which needs no output. */
+static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
+  const Param *p = m->layer[l];
+  const size_t C = m->c.width, F = m->c.mlp, M = k->M;
+  Mark before = mark(&m->arena);
+  real *u = reals(&m->arena, M * C);
+  rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
+  if (s->mid != s->in) device_copy(s->mid, s->in, M * C * sizeof(real));
+  MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, u);
+  rmsnorm_forward(u, s->mid, vector(p + NORM2), m->c.eps, M, C);
+  linear_forward(s->gate, u, matrix(p + GATE, 0), vector(p + BGATE), 0, k->B, k->T, C, F);
+  linear_forward(s->up, u, matrix(p + UP, 0), vector(p + BUP), 0, k->B, k->T, C, F);
+  if (out) {
+    real *act = out == s->mid ? s->gate : reals(&m->arena, M * F);
+    if (out != s->mid) device_copy(out, s->mid, M * C * sizeof(real));
+    swiglu_forward(act, s->gate, s->up, M * F);
+    linear_forward(out, act, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
+  }
+  release(&m->arena, before);
+}
+
+/* dh: in the gradient of the layer's output, out that of its input. */
+static void layer_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh) {
+  const Param *p = m->layer[l];
+  const size_t C = m->c.width, F = m->c.mlp, M = k->M;
+  Mark before = mark(&m->arena);
+  real *u = reals(&m->arena, M * C), *du = reals(&m->arena, M * C), *act = reals(&m->arena, M * F), *dact = reals(&m->arena, M * F);
+  /* out = mid + down(act), act = silu(gate) * up, gate and up from u = rmsnorm(mid) */
+  rmsnorm_forward(u, s->mid, vector(p + NORM2), m->c.eps, M, C);
+  swiglu_forward(act, s->gate, s->up, M * F);
+  linear_backward(dact, gradient(m, p + DOWN), gradient(m, p + BDOWN), dh, act, matrix(p + DOWN, 0), 0, M, F, C);
+  real *dgate = s->gate, *dup = s->up; /* each gate and up is needed once */
+  swiglu_backward(dgate, dup, dact, s->gate, s->up, M * F);
+  linear_backward(du, gradient(m, p + GATE), gradient(m, p + BGATE), dgate, u, matrix(p + GATE, 0), 0, M, C, F);
+  linear_backward(du, gradient(m, p + UP), gradient(m, p + BUP), dup, u, matrix(p + UP, 0), 1, M, C, F);
+  rmsnorm_backward(dh, gradient(m, p + NORM2), du, s->mid, vector(p + NORM2), m->c.eps, 1, M, C);
+  release(&m->arena, before);
+  /* mid = in + mixer(rmsnorm(in)) */
+  u = reals(&m->arena, M * C), du = reals(&m->arena, M * C);
+  rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
+  MIXER[m->kind[l]].backward(k, l, &s->acts, du, dh, u, &m->arena);
+  rmsnorm_backward(dh, gradient(m, p + NORM1), du, s->in, vector(p + NORM1), m->c.eps, 1, M, C);
+  release(&m->arena, before);
+}
+
+/* The hidden states after the last layer, before the final norm (M,C). saved NULL: nothing is kept; else (layers), and with
+ * `recompute` only each layer's input is. */
+static real *run_layers(Model *m, const Call *k, const int32_t *ids, Saved *saved, int recompute) {
+  const size_t n = k->M * m->c.width;
+  real *h = reals(&m->arena, n);
+  embedding_forward(h, matrix(m->top + EMBED, 0), ids, k->M, m->c.width);
+  for (size_t l = 0; l < m->c.layers; l++) {
+    Saved local = {.in = h, .mid = h}, *s = saved ? saved + l : &local;
+    real *out = h;
+    if (saved) {
+      out = reals(&m->arena, n);
+      s->in = h;
+      if (!recompute) s->mid = reals(&m->arena, n);
+    }
+    Mark before = mark(&m->arena);
+    if (saved && recompute) s->mid = out;
+    layer_layout(m, l, s, k->M);
+    layer_forward(m, k, l, s, out);
+    if (!saved || recompute) release(&m->arena, before);
+    h = out;
+  }
+  return h;
+}
+
+static size_t first_trained(const Model *m) {
+  if (gradient(m, m->top + EMBED)) return 0;
+  for (size_t l = 0; l < m->c.layers; l++)
+    for (int i = 0; i < PARAM_KINDS; i++)
+      if (gradient(m, &m->layer[l][i])) return l;
+  return m->c.layers;
+}
+
+static void layers_backward(Model *m, Call *k, const int32_t *ids, Saved *saved, real *dh, int recompute) {
+  for (size_t l = m->c.layers, end = first_trained(m); l-- > end;) {
+    Mark before = mark(&m->arena);
+    if (recompute) {
+      saved[l].mid = reals(&m->arena, k->M * m->c.width);
+      layer_layout(m, l, saved + l, k->M);
+      layer_forward(m, k, l, saved + l, NULL);
+    }
+    layer_backward(m, k, l, saved + l, dh);
+    release(&m->arena, before);
+  }
+  if (gradient(m, m->top + EMBED)) embedding_backward(gradient(m, m->top + EMBED), dh, ids, k->M, m->c.width);
+}
+
+static const Param *head(const Model *m) { return m->top + (m->c.tied ? EMBED : HEAD); }
+
+/* ---- a call: host arrays to the device, positions from prev ------------------------------------------------------------------------ */
+
+static int32_t *push_ints(Arena *a, const int32_t *host, size_t n) {
+  if (!host) return NULL;
+  int32_t *p = take(a, n * sizeof *p);
+  device_push(p, host, n * sizeof *p);
+  return p;
+}
+
+/* RoPE positions: start + depth along prev, from 0 at a document's start. */
+static void positions(int32_t *position, const int32_t *prev, int32_t start, size_t T) {
+  for (size_t t = 0; t < T; t++) {
+    int32_t p = prev ? prev[t] : (int32_t)t - 1;
+    position[t] = p == -2 ? 0 : p == -1 ? start : position[p] + 1;
+  }
+}
+
+static Call begin_call(Model *m, Arena *a, State *s, const Rows *rows, int extend, size_t B, size_t T) {
+  Call k = {.m = m, .s = s, .B = B, .T = T, .M = B * T};
+  int32_t *host = malloc((B * T + (s ? s->slots : 0) + 1) * sizeof *host), *pos = host + B * T;
+  if (!host) longjmp(*a->out_of_memory, 1);
+  for (size_t i = 0; s && i < s->slots; i++) pos[i] = s->pos[i] + (extend ? s->pending[i] : 0);
+  for (size_t b = 0; b < B; b++)
+    positions(host + b * T, rows->prev ? rows->prev + b * T : NULL, s ? pos[rows->slot ? rows->slot[b] : (int32_t)b] : 0, T);
+  k.position = push_ints(a, host, B * T);
+  k.rows = (Rows){.prev = push_ints(a, rows->prev, B * T)};
+  if (s) {
+    k.rows.slot = push_ints(a, rows->slot, B);
+    k.rows.keep = push_ints(a, rows->keep, B);
+    k.rows.pos = push_ints(a, pos, s->slots);
+    k.rows.committed = push_ints(a, s->pos, s->slots);
+    k.rows.seen = push_ints(a, s->seen, s->slots);
+  }
+  free(host);
+  return k;
+}
+
+/* pos moves here and in state_commit, nowhere else. Many tokens: checkpoints now stand at what was kept (ops.h). */
+static void end_call(State *s, const Rows *rows, int extend, size_t B, size_t T) {
+  for (size_t b = 0; b < B; b++) {
+    size_t i = rows->slot ? (size_t)rows->slot[b] : b, kept = rows->keep ? (size_t)rows->keep[b] : T, left = T - kept;
+    int32_t before = s->pos[i];
+    s->pos[i] += (int32_t)kept;
+    s->seen[i] = T > PENDING ? s->pos[i] : before;
+    s->pending[i] = (int32_t)(left < PENDING ? left : PENDING) + (extend ? s->pending[i] : 0);
+  }
+}
+
+/* ---- logits -------------------------------------------------------------------------------------------------------------------------- */
+
+enum { LOGIT_BYTES = 64 << 20 };
+
+/* logits (rows,V) of h (rows,C), in chunks; few: rows of a call of few tokens stay row-invariant. */
+static void lm_head(Model *m, float *logits, const real *h, size_t rows, int few) {
+  const size_t C = m->c.width, V = m->c.vocab;
+  size_t chunk = LOGIT_BYTES / (V * sizeof(real)) + FEW + 1;
+  if (chunk > rows) chunk = rows;
+  real *out = reals(&m->arena, chunk * V);
+  for (size_t i = 0; i < rows; i += chunk) {
+    size_t n = rows - i < chunk ? rows - i : chunk;
+    linear_forward(out, h + i * C, matrix(head(m), 0), NULL, 0, few ? n : 1, few ? 1 : n, C, V);
+    pull_floats(logits + i * V, out, n * V);
+  }
+}
+
+int model_logits(Model *m, State *s, float *logits, const int32_t *ids, const Rows *rows, int extend, int last, size_t n, size_t B,
+                 size_t T) {
+  const size_t C = m->c.width;
+  Arena *a = &m->arena;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) return -1;
+  arena_begin(a, &out_of_memory);
+  Call k = begin_call(m, a, s, rows, extend, B, T);
+  real *h = run_layers(m, &k, push_ints(a, ids, B * T), NULL, 0);
+  real *wanted = h;
+  if (last) {
+    wanted = reals(a, B * n * C);
+    for (size_t b = 0; b < B; b++) {
+      size_t kept = rows->keep ? (size_t)rows->keep[b] : T;
+      device_copy(wanted + b * n * C, h + (b * T + kept - n) * C, n * C * sizeof(real));
+    }
+  }
+  if (n) {
+    real *normed = reals(a, B * n * C);
+    rmsnorm_forward(normed, wanted, vector(m->top + NORM), m->c.eps, B * n, C);
+    lm_head(m, logits, normed, B * n, n <= FEW);
+  }
+  if (s) end_call(s, rows, extend, B, T);
+  return 0;
+}
+
+/* ---- loss ------------------------------------------------------------------------------------------------------------------------------ */
+
+static real *final_hidden(Model *m, const Call *k, const real *h) {
+  real *normed = reals(&m->arena, k->M * m->c.width);
+  rmsnorm_forward(normed, h, vector(m->top + NORM), m->c.eps, k->M, m->c.width);
+  return normed;
+}
+
+int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,
+               const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T) {
+  const size_t M = B * T, C = m->c.width, V = m->c.vocab;
+  Saved *volatile saved = NULL;
+  float *volatile sums = NULL;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) {
+    free(saved);
+    free(sums);
+    return -1;
+  }
+  Rows rows = {.prev = prev};
+  real *th = NULL;
+  Matrix tw = {0};
+  if (teacher) {
+    arena_begin(&teacher->arena, &out_of_memory);
+    Call k = begin_call(teacher, &teacher->arena, NULL, &rows, 0, B, T);
+    th = final_hidden(teacher, &k, run_layers(teacher, &k, push_ints(&teacher->arena, ids, M), NULL, 0));
+    tw = matrix(head(teacher), 0);
+  }
+  Arena *a = &m->arena;
+  arena_begin(a, &out_of_memory);
+  if (backward && model_gradients(m)) return -1;
+  saved = backward ? calloc(m->c.layers + 1, sizeof *saved) : NULL;
+  sums = malloc(2 * M * sizeof *sums);
+  if ((backward && !saved) || !sums) longjmp(out_of_memory, 1);
+  Call k = begin_call(m, a, NULL, &rows, 0, B, T);
+  const int32_t *device_ids = push_ints(a, ids, M), *device_target = push_ints(a, target, M);
+  real *h = run_layers(m, &k, device_ids, saved, recompute);
+  float *losses = take(a, 2 * M * sizeof *losses), *weight = take(a, 2 * M * sizeof *weight);
+  device_push(weight, wce, M * sizeof *weight);
+  device_push(weight + M, wkl, M * sizeof *weight);
+  real *normed = final_hidden(m, &k, h);
+  Matrix w = matrix(head(m), 0);
+  size_t K = teacher ? teacher->c.width : 0;
+  if (backward) {
+    real *dnormed = reals(a, M * C), *dh = reals(a, M * C);
+    lm_loss_backward(losses, losses + M, dnormed, gradient(m, head(m)), normed, w, device_target, th, tw, weight, weight + M, tau,
+                     kind, M, C, V, K);
+    rmsnorm_backward(dh, gradient(m, m->top + NORM), dnormed, h, vector(m->top + NORM), m->c.eps, 0, M, C);
+    layers_backward(m, &k, device_ids, saved, dh, recompute);
+  } else {
+    lm_loss_forward(losses, losses + M, normed, w, device_target, th, tw, weight, weight + M, tau, kind, M, C, V, K);
+  }
+  device_pull(sums, losses, 2 * M * sizeof *sums);
+  out[0] = out[1] = 0;
+  for (size_t i = 0; i < M; i++) {
+    out[0] += target[i] >= 0 ? sums[i] : 0;
+    out[1] += sums[M + i];
+  }
+  free(saved);
+  free(sums);
+  return 0;
+}
+
+/* ---- State ---------------------------------------------------------------------------------------------------------------------------- */
+
+int state_init(State *s, const Model *m) {
+  s->layers = m->c.layers;
+  s->pos = calloc(s->slots + 1, sizeof *s->pos);
+  s->pending = calloc(s->slots + 1, sizeof *s->pending);
+  s->seen = calloc(s->slots + 1, sizeof *s->seen);
+  s->layer = calloc(s->layers + 1, sizeof *s->layer);
+  if (!s->pos || !s->pending || !s->seen || !s->layer) return -1;
+  for (size_t l = 0; l < s->layers; l++) {
+    MIXER[m->kind[l]].caches(m, l, s->capacity, s->layer[l]);
+    for (int i = 0; i < MOST_CACHES && s->layer[l][i].row_bytes; i++) {
+      Cache *c = &s->layer[l][i];
+      size_t bytes = s->slots * c->rows * c->row_bytes;
+      if (!(c->data = device_alloc(bytes))) return -1;
+      device_zero(c->data, bytes);
+    }
+  }
+  return 0;
+}
+
+#define FOR_CACHES(s, c)                                                            \
+  for (Cache *c = (s)->layer[0], *c##_end = c + (s)->layers * MOST_CACHES; c < c##_end; c++) \
+    if (c->data)
+
+void state_free(State *s) {
+  if (s->layer) FOR_CACHES(s, c) device_free(c->data);
+  free(s->layer);
+  free(s->pos);
+  free(s->pending);
+  free(s->seen);
+}
+
+static char *slot_data(const Cache *c, size_t slot) { return (char *)c->data + slot * c->rows * c->row_bytes; }
+
+void state_reset(State *s, size_t slot) {
+  FOR_CACHES(s, c) device_zero(slot_data(c, slot), c->rows * c->row_bytes);
+  s->pos[slot] = s->pending[slot] = s->seen[slot] = 0;
+}
+
+void state_copy(State *s, size_t to, size_t from) {
+  if (to == from) return;
+  FOR_CACHES(s, c) device_copy(slot_data(c, to), slot_data(c, from), c->rows * c->row_bytes);
+  s->pos[to] = s->pos[from];
+  s->pending[to] = s->pending[from];
+  s->seen[to] = s->seen[from];
+}
+
+/* Parents come before their children, so path[i] >= i and rows move down in order. */
+void state_commit(State *s, size_t slot, size_t n, const int32_t *path) {
+  size_t pos = (size_t)s->pos[slot];
+  for (size_t i = 0; path && i < n; i++)
+    if ((size_t)path[i] != i) FOR_CACHES(s, c) if (c->circular)
+      device_copy(slot_data(c, slot) + (pos + i) % c->rows * c->row_bytes,
+                  slot_data(c, slot) + (pos + (size_t)path[i]) % c->rows * c->row_bytes, c->row_bytes);
+  s->pos[slot] += (int32_t)n;
+  s->pending[slot] = path ? 0 : s->pending[slot] - (int32_t)n;
+}

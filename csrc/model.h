@@ -1,0 +1,191 @@
+/* model.h - Config, Model, State: a decoder of L layers, each norm, mixer (attention | mamba1 | mamba2), norm, SwiGLU. */
+#ifndef MIL_MODEL_H
+#define MIL_MODEL_H
+#include <setjmp.h>
+
+#include "device.h"
+#include "ops.h"
+
+enum { ATTENTION, MAMBA1, MAMBA2, MIXERS };
+enum { SCAN_STATE = 16, CONV = 4 }; /* Mamba-1's N; the width of every conv */
+
+#define CONFIG_SIZES(X) \
+  X(vocab) X(width) X(layers) X(heads) X(kv_heads) X(head_dim) X(mlp) X(tied) X(qkv_bias) X(o_bias) X(mlp_bias) X(qk_norm) X(dt_bias_twice)
+#define CONFIG_FLOATS(X) X(eps) X(norm_eps) X(rope_scale)
+typedef struct {
+#define X(name) size_t name;
+  CONFIG_SIZES(X)
+#undef X
+#define X(name) float name;
+  CONFIG_FLOATS(X)
+#undef X
+} Config;
+
+/* The one list of parameters: id, which mixers have it (ALL: every layer, TOP: once a model), when it exists, name, shape.
+ * MATRIX (a,b) carries the model's dtype; VECTOR (a), TABLE (a,b) and FILTER (a,1,b) are float.
+ * C width  D = heads*head_dim  E = kv_heads*head_dim  H heads  P head_dim  F mlp  V vocab  N SCAN_STATE  R dt rank  W CONV */
+#define PARAMS(X)                                                                               \
+  X(EMBED, TOP, 1, "model.embed_tokens.weight", MATRIX, V, C)                                   \
+  X(NORM, TOP, 1, "model.norm.weight", VECTOR, C, 1)                                            \
+  X(HEAD, TOP, !c->tied, "lm_head.weight", MATRIX, V, C)                                        \
+  X(NORM1, ALL, 1, "input_layernorm.weight", VECTOR, C, 1)                                      \
+  X(WQ, 1 << ATTENTION, 1, "self_attn.q_proj.weight", MATRIX, D, C)                             \
+  X(WK, 1 << ATTENTION, 1, "self_attn.k_proj.weight", MATRIX, E, C)                             \
+  X(WV, 1 << ATTENTION, 1, "self_attn.v_proj.weight", MATRIX, E, C)                             \
+  X(WO, 1 << ATTENTION, 1, "self_attn.o_proj.weight", MATRIX, C, D)                             \
+  X(BQ, 1 << ATTENTION, c->qkv_bias, "self_attn.q_proj.bias", VECTOR, D, 1)                     \
+  X(BK, 1 << ATTENTION, c->qkv_bias, "self_attn.k_proj.bias", VECTOR, E, 1)                     \
+  X(BV, 1 << ATTENTION, c->qkv_bias, "self_attn.v_proj.bias", VECTOR, E, 1)                     \
+  X(BO, 1 << ATTENTION, c->o_bias, "self_attn.o_proj.bias", VECTOR, C, 1)                       \
+  X(NORMQ, 1 << ATTENTION, c->qk_norm, "self_attn.q_norm.weight", VECTOR, P, 1)                 \
+  X(NORMK, 1 << ATTENTION, c->qk_norm, "self_attn.k_norm.weight", VECTOR, P, 1)                 \
+  X(M1X, 1 << MAMBA1, 1, "mamba.in_proj_x.weight", MATRIX, E, C)                                \
+  X(M1Z, 1 << MAMBA1, 1, "mamba.in_proj_z.weight", MATRIX, D, C)                                \
+  X(M1B, 1 << MAMBA1, 1, "mamba.B_proj.weight", MATRIX, E, C)                                   \
+  X(M1C, 1 << MAMBA1, 1, "mamba.C_proj.weight", MATRIX, D, C)                                   \
+  X(M1DOWN, 1 << MAMBA1, 1, "mamba.dt_proj_down.weight", MATRIX, R, C)                          \
+  X(M1DT, 1 << MAMBA1, 1, "mamba.dt_proj.weight", MATRIX, D, R)                                 \
+  X(M1DTB, 1 << MAMBA1, 1, "mamba.dt_proj.bias", VECTOR, D, 1)                                  \
+  X(M1A, 1 << MAMBA1, 1, "mamba.A_log", TABLE, D, N)                                            \
+  X(M1D, 1 << MAMBA1, 1, "mamba.D", VECTOR, D, 1)                                               \
+  X(M1CONV, 1 << MAMBA1, 1, "mamba.conv1d.weight", FILTER, D, W)                                \
+  X(M1CONVB, 1 << MAMBA1, 1, "mamba.conv1d.bias", VECTOR, D, 1)                                 \
+  X(M1OUT, 1 << MAMBA1, 1, "mamba.out_proj.weight", MATRIX, C, D)                               \
+  X(M2IN, 1 << MAMBA2, 1, "mamba.in_proj.weight", MATRIX, D + E + E + D + H, C) /* z x B C dt */ \
+  X(M2DTB, 1 << MAMBA2, 1, "mamba.dt_bias", VECTOR, H, 1)                                       \
+  X(M2A, 1 << MAMBA2, 1, "mamba.A_log", VECTOR, H, 1)                                           \
+  X(M2D, 1 << MAMBA2, 1, "mamba.D", VECTOR, H, 1)                                               \
+  X(M2CONV, 1 << MAMBA2, 1, "mamba.conv1d.weight", FILTER, E + E + D, W) /* x B C */            \
+  X(M2CONVB, 1 << MAMBA2, 1, "mamba.conv1d.bias", VECTOR, E + E + D, 1)                         \
+  X(M2NORM, 1 << MAMBA2, 1, "mamba.norm.weight", VECTOR, D, 1)                                  \
+  X(M2OUT, 1 << MAMBA2, 1, "mamba.out_proj.weight", MATRIX, C, D)                               \
+  X(NORM2, ALL, 1, "post_attention_layernorm.weight", VECTOR, C, 1)                             \
+  X(GATE, ALL, 1, "mlp.gate_proj.weight", MATRIX, F, C)                                         \
+  X(UP, ALL, 1, "mlp.up_proj.weight", MATRIX, F, C)                                             \
+  X(DOWN, ALL, 1, "mlp.down_proj.weight", MATRIX, C, F)                                         \
+  X(BGATE, ALL, c->mlp_bias, "mlp.gate_proj.bias", VECTOR, F, 1)                                \
+  X(BUP, ALL, c->mlp_bias, "mlp.up_proj.bias", VECTOR, F, 1)                                    \
+  X(BDOWN, ALL, c->mlp_bias, "mlp.down_proj.bias", VECTOR, C, 1)
+enum { MATRIX, VECTOR, TABLE, FILTER };
+enum { TOP = 0, ALL = (1 << MIXERS) - 1 };
+enum {
+#define X(id, mixers, when, name, form, a, b) id,
+  PARAMS(X)
+#undef X
+      PARAM_KINDS
+};
+
+typedef struct { /* refcounted: a student shares what it has not changed with its teacher */
+  int refs;
+  void *data;
+} Buffer;
+
+typedef struct {
+  const char *name; /* NULL: this model has no such parameter */
+  int form, type;   /* type: FLOAT32 | BFLOAT16 */
+  size_t a, b, n;
+  Buffer *buffer;
+  int trainable;
+  size_t gradient;       /* offset in the arena */
+  float *m, *v, *master; /* AdamW's moments; float weights where the matrix is bf16. NULL before the first step */
+} Param;
+
+/* Bump allocator of activations: blocks while a call grows, one block of the peak from the next call on. */
+typedef struct {
+  struct Block *block;
+  size_t used, peak;
+  jmp_buf *out_of_memory;
+} Arena;
+
+typedef struct {
+  Config c;
+  int type; /* of matrices */
+  int *kind;
+  size_t *window;
+  float *inv_freq;      /* device, head_dim/2 */
+  Param top[3];
+  Param (*layer)[PARAM_KINDS];
+  float *gradients;     /* arena of all trainable parameters, NULL before the first backward */
+  size_t gradient_count;
+  Arena arena;
+} Model;
+
+/* One layer's memory of a slot: `rows` entries of row_bytes; circular: addressed by position modulo rows. */
+typedef struct {
+  void *data;
+  size_t rows, row_bytes;
+  int circular;
+} Cache;
+enum { MOST_CACHES = 7 };
+
+typedef struct {
+  size_t slots, capacity, layers;
+  int32_t *pos, *pending, *seen; /* host (slots): committed tokens, pending tokens, committed tokens when checkpoints were written */
+  Cache (*layer)[MOST_CACHES];
+} State;
+
+/* One call: what its layers need to know. `rows` and `position` are on the device. */
+typedef struct {
+  const Model *m;
+  State *s;
+  size_t B, T, M;
+  Rows rows;
+  const int32_t *position;
+} Call;
+
+/* What a mixer keeps from forward for its backward. */
+enum { MOST_ACTS = 12 };
+typedef struct {
+  real *x[MOST_ACTS];
+  float *lse;
+} Acts;
+
+/* mixer.c. u (M,C) is the normed input; forward adds the mixer's output to h; backward: du =, parameter gradients +=. */
+typedef struct {
+  const char *name;
+  void (*layout)(const Model *m, size_t layer, Arena *arena, Acts *acts, size_t M);
+  void (*caches)(const Model *m, size_t layer, size_t capacity, Cache *cache);
+  void (*forward)(const Call *call, size_t layer, Acts *acts, real *h, const real *u);
+  void (*backward)(Call *call, size_t layer, const Acts *acts, real *du, const real *dh, const real *u, Arena *arena);
+} Mixer;
+extern const Mixer MIXER[MIXERS];
+
+/* model.c */
+void *take(Arena *arena, size_t bytes);           /* 64-byte aligned; longjmps when there is no memory */
+Matrix matrix(const Param *p, size_t row);       /* from a row on */
+const float *vector(const Param *p);             /* NULL where the model has none */
+float *gradient(const Model *m, const Param *p); /* NULL: frozen or absent */
+Param *param_at(Model *m, size_t i, size_t *layer); /* every parameter, absent ones included: i < param_count */
+size_t param_count(const Model *m);
+
+int model_init(Model *m); /* from c, type, kind, window; 0, or -1: out of memory */
+int model_clone(Model *m, const Model *from); /* shares every buffer; -1: out of memory, model_free it */
+void model_free(Model *m);
+int model_set_kind(Model *m, size_t layer, int kind); /* the old mixer's parameters go, the new one's are allocated, unset */
+void param_share(Param *to, const Param *from);
+void param_release(Param *p);
+int param_own(Param *p);     /* copy on write: afterwards the buffer is this parameter's alone; -1: out of memory */
+int param_moments(Param *p); /* allocates m, v (zero) and master (the weights) if there are none; -1: out of memory */
+size_t param_bytes(const Param *p);
+void param_set_trainable(Model *m, Param *p, int trainable);
+int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
+int model_step(Model *m, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
+
+/* logits (B,n,V) host: of the last n of keep[b] tokens when last, else of all T. ids, keep, prev, slot on the host, as in Rows.
+ * extend: the tokens follow the pending ones. 0, or -1 with device_error set. */
+int model_logits(Model *m, State *s, float *logits, const int32_t *ids, const Rows *rows, int extend, int last, size_t n, size_t B,
+                 size_t T);
+/* out: sums over rows of ce and kl. Weights (M) host, per row; gradient of sum wce ce + wkl kl when backward. */
+int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,
+               const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
+
+int state_init(State *s, const Model *m);
+void state_free(State *s);
+void state_reset(State *s, size_t slot);
+void state_copy(State *s, size_t to, size_t from);
+void state_commit(State *s, size_t slot, size_t n, const int32_t *path); /* path NULL: the first n pending */
+
+/* transfer.c: a layer of `student` (attention) becomes `mixer`; init 1: from the attention's projections, 0: all fresh */
+int model_convert(Model *student, size_t layer, int mixer, int init, uint64_t seed);
+void model_randomize(Model *m, uint64_t seed, float std);
+#endif

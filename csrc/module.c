@@ -1,0 +1,531 @@
+/* module.c - the extension's face: the generic op caller over optable.h, BLAS at import, module set-up.
+ *
+ * Everything that comes from Python is checked here, once, and named in one sentence; below this file nobody checks. */
+#define MODULE_MAIN
+#include "module.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <stdio.h>
+
+#include "blas.h"
+
+/* ---- the op table --------------------------------------------------------------------------------------------------- */
+
+enum { MOST_PARAMS = 24, MOST_DIMS = 4 };
+
+typedef struct {
+  void *data; /* NULL: absent */
+  int type;   /* a matrix's: FLOAT32 | BFLOAT16 */
+  int given;
+  double number;
+} Arg;
+
+typedef struct {
+  char name[16];
+  char type; /* 0 real, % @ # */
+  int in_place, optional, scalar, output, dims;
+  char letter[MOST_DIMS + 1];
+} Param;
+
+typedef struct {
+  const char *name, *spec, *rules;
+  int ring;
+  const char *doc;
+  void (*thunk)(Arg *a, const size_t *n, Rows rows);
+  int params, inputs;
+  Param param[MOST_PARAMS];
+} Op;
+
+#define r(i) ((real *)a[i].data)
+#define f(i) ((float *)a[i].data)
+#define i32(i) ((int32_t *)a[i].data)
+#define mat(i) ((Matrix){a[i].data, a[i].type})
+#define num(i, otherwise) (a[i].given ? a[i].number : (otherwise))
+#define ring(i) ((Ring){r(i), r(i + 2), f(i + 1)})
+#define ROW(name, spec, rules, ring_rows, doc, call)         \
+  static void call_##name(Arg *a, const size_t *n, Rows rows) { \
+    (void)rows;                                              \
+    (void)n;                                                 \
+    call;                                                    \
+  }
+#include "optable.h"
+#undef ROW
+#define ROW(op, spec_, rules_, ring_, doc_, call) \
+  {.name = #op, .spec = spec_, .rules = rules_, .ring = ring_, .doc = doc_, .thunk = call_##op},
+static Op OPS[] = {
+#include "optable.h"
+};
+#undef ROW
+#undef r
+#undef f
+#undef i32
+#undef mat
+#undef num
+#undef ring
+enum { OP_COUNT = sizeof OPS / sizeof *OPS };
+
+/* `name` marks `:letters` ... -> outputs. The specs are ours: no errors to report. */
+static void parse_spec(Op *op) {
+  const char *s = op->spec;
+  int output = 0;
+  op->params = op->inputs = 0;
+  while (*s) {
+    if (*s == ' ') {
+      s++;
+    } else if (s[0] == '-' && s[1] == '>') {
+      output = 1;
+      s += 2;
+    } else {
+      Param p = {.output = output};
+      for (int i = 0; *s != ':'; s++) {
+        if (*s == '%' || *s == '@' || *s == '#')
+          p.type = *s;
+        else if (*s == '!')
+          p.in_place = 1;
+        else if (*s == '?')
+          p.optional = 1;
+        else
+          p.name[i++] = *s;
+      }
+      for (s++; *s && *s != ' '; s++)
+        if (*s == '1')
+          p.scalar = 1;
+        else
+          p.letter[p.dims++] = *s;
+      op->inputs += !output;
+      op->param[op->params++] = p;
+    }
+  }
+}
+
+static int find_param(const Op *op, const char *name) {
+  for (int i = 0; i < op->params; i++)
+    if (!strcmp(op->param[i].name, name)) return i;
+  return -1;
+}
+
+/* ---- checks: each returns 0, or -1 with a sentence set ----------------------------------------------------------------- */
+
+static const char *type_name(char type) {
+  return type == '@' ? "int32" : type == '#' ? "float32 or uint16 (bf16 bits)" : "float32";
+}
+
+static int read_scalar(const Op *op, const Param *p, PyObject *value, Arg *a) {
+  a->given = 1;
+  if (p->type == '@') {
+    long long v = PyLong_Check(value) || PyIndex_Check(value) ? PyNumber_AsSsize_t(value, PyExc_OverflowError) : -1;
+    if (PyErr_Occurred() || !PyIndex_Check(value) || v < 0) {
+      PyErr_Clear();
+      PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be an integer >= 0, got %R", op->name, p->name, value);
+      return -1;
+    }
+    a->number = (double)v;
+    return 0;
+  }
+  a->number = PyFloat_AsDouble(value);
+  if (PyErr_Occurred() || !isfinite(a->number)) {
+    PyErr_Clear();
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be a finite number, got %R", op->name, p->name, value);
+    return -1;
+  }
+  return 0;
+}
+
+static int read_array(const Op *op, const Param *p, PyObject *value, Arg *a, size_t *n, char *bound) {
+  if (!PyArray_Check(value)) {
+    PyErr_Format(PyExc_TypeError, "%s: argument '%s' must be a NumPy array, got %s", op->name, p->name, Py_TYPE(value)->tp_name);
+    return -1;
+  }
+  PyArrayObject *array = (PyArrayObject *)value;
+  int type = PyArray_TYPE(array), half = p->type == '#' && type == NPY_UINT16;
+  if (!half && type != (p->type == '@' ? NPY_INT32 : NPY_FLOAT32)) {
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be %s, got %S", op->name, p->name, type_name(p->type),
+                 (PyObject *)PyArray_DESCR(array));
+    return -1;
+  }
+  if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISBEHAVED_RO(array)) {
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be a C-contiguous, aligned array in native byte order", op->name,
+                 p->name);
+    return -1;
+  }
+  if (p->in_place && !PyArray_ISWRITEABLE(array)) {
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' is written in place and must be writable", op->name, p->name);
+    return -1;
+  }
+  if (PyArray_NDIM(array) != p->dims) {
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must have %d axes (%s), got %d", op->name, p->name, p->dims, p->letter,
+                 PyArray_NDIM(array));
+    return -1;
+  }
+  for (int d = 0; d < p->dims; d++) {
+    unsigned char letter = (unsigned char)p->letter[d];
+    size_t size = (size_t)PyArray_DIM(array, d);
+    if (bound[letter] && n[letter] != size) {
+      PyErr_Format(PyExc_ValueError, "%s: argument '%s' has size %zu on axis %d (%c), expected %zu", op->name, p->name, size, d,
+                   letter, n[letter]);
+      return -1;
+    }
+    bound[letter] = 1;
+    n[letter] = size;
+  }
+  a->data = PyArray_DATA(array);
+  a->type = half ? BFLOAT16 : FLOAT32;
+  a->given = 1;
+  return 0;
+}
+
+/* Rules bind a letter that is not bound yet (d=k*n gives k from d and n). */
+static int check_rules(const Op *op, size_t *n, char *bound) {
+  for (const char *s = op->rules; *s; s += strcspn(s, " "), s += *s == ' ') {
+    size_t *l = n + s[0], right;
+    if (s[1] == '>') {
+      if (*l > 0) continue;
+      PyErr_Format(PyExc_ValueError, "%s: size %c must not be 0", op->name, s[0]);
+      return -1;
+    }
+    if (s[1] == '%') {
+      if (n[(int)s[2]] > 0 && *l % n[(int)s[2]] == 0) continue;
+      PyErr_Format(PyExc_ValueError, "%s: size %c (%zu) must be a multiple of size %c (%zu)", op->name, s[0], *l, s[2],
+                   n[(int)s[2]]);
+      return -1;
+    }
+    if (s[3] == '+')
+      right = n[(int)s[2]] + (size_t)(s[4] - '0');
+    else
+      right = (s[2] >= '0' && s[2] <= '9' ? (size_t)(s[2] - '0') : n[(int)s[2]]) * n[(int)s[4]];
+    if (bound[(int)s[0]] && *l != right) {
+      PyErr_Format(PyExc_ValueError, "%s: sizes must satisfy %.5s, got %c = %zu, expected %zu", op->name, s, s[0], *l, right);
+      return -1;
+    }
+    *l = right;
+  }
+  return 0;
+}
+
+static int check_range(const Op *op, const Arg *a, const char *name, long long low, long long high, size_t count) {
+  int i = find_param(op, name);
+  if (i < 0 || !a[i].data) return 0;
+  const int32_t *v = a[i].data;
+  for (size_t k = 0; k < count; k++)
+    if (v[k] < low || v[k] > high) {
+      PyErr_Format(PyExc_ValueError, "%s: argument '%s' holds %d at flat index %zu, expected %lld to %lld", op->name, name,
+                   (int)v[k], k, low, high);
+      return -1;
+    }
+  return 0;
+}
+
+int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int tree, size_t B, size_t T, size_t S) {
+  for (size_t b = 0; b < B && slot; b++)
+    for (size_t c = 0; c < b; c++)
+      if (slot[b] == slot[c]) {
+        PyErr_Format(PyExc_ValueError, "%s: argument 'slot' names slot %d twice (rows %zu and %zu)", what, (int)slot[b], c, b);
+        return -1;
+      }
+  if (!slot && S < B) {
+    PyErr_Format(PyExc_ValueError, "%s: the state has %zu slots, expected at least the batch size %zu", what, S, B);
+    return -1;
+  }
+  for (size_t m = 0; prev && m < B * T; m++) {
+    long t = (long)(m % T), p = prev[m];
+    if (p == t - 1 || p == -2 || (tree && p >= -1 && p < t)) continue;
+    PyErr_Format(PyExc_ValueError,
+                 tree ? "%s: prev[%zu,%ld] is %ld, expected -2 to %ld"
+                      : "%s: prev[%zu,%ld] is %ld, expected -2 or %ld (trees need a state and at most 32 tokens)",
+                 what, m / T, t, p, t - 1);
+    return -1;
+  }
+  return 0;
+}
+
+static int both_or_none(const Op *op, const Arg *a, const char *one, const char *other) {
+  int i = find_param(op, one), j = find_param(op, other);
+  if (i < 0 || j < 0 || !a[i].data == !a[j].data) return 0;
+  PyErr_Format(PyExc_ValueError, "%s: arguments '%s' and '%s' go together, got one of them", op->name, one, other);
+  return -1;
+}
+
+static int has(const Op *op, const Arg *a, const char *name) {
+  int i = find_param(op, name);
+  return i >= 0 && a[i].data;
+}
+
+static int check_values(const Op *op, const Arg *a, const size_t *n, const char *bound) {
+  size_t B = n['b'], T = n['t'], S = bound['s'] ? n['s'] : B;
+  long long far = 1 << 30;
+  if (both_or_none(op, a, "kcache", "vcache") || both_or_none(op, a, "ring_x", "ring_dt") ||
+      both_or_none(op, a, "ring_x", "ring_B") || both_or_none(op, a, "th", "tw"))
+    return -1;
+  int past = has(op, a, "ring_x") || has(op, a, "kcache") || has(op, a, "cache");
+  if (has(op, a, "ring_x")) {
+    if (!has(op, a, "state")) {
+      PyErr_Format(PyExc_ValueError, "%s: a ring needs argument 'state'", op->name);
+      return -1;
+    }
+    if (n['r'] != (size_t)op->ring + PENDING) {
+      PyErr_Format(PyExc_ValueError, "%s: the ring must hold %d tokens (axis r), got %zu", op->name, op->ring + PENDING, n['r']);
+      return -1;
+    }
+  }
+  size_t least = has(op, a, "kcache") ? PENDING + 1 : has(op, a, "cache") ? n['w'] - 1 + PENDING : 0;
+  if (least && n['l'] < least) {
+    PyErr_Format(PyExc_ValueError, "%s: the cache must hold at least %zu tokens (axis l), got %zu", op->name, least, n['l']);
+    return -1;
+  }
+  if (!strncmp(op->name, "conv1d", 6)) {
+    int block = find_param(op, "block");
+    double width = a[block].given ? a[block].number : 1;
+    if (n['x'] != n['d'] && (width < 1 || n['x'] % (size_t)width)) {
+      PyErr_Format(PyExc_ValueError, "%s: argument 'block' must divide size x (%zu)", op->name, n['x']);
+      return -1;
+    }
+  }
+  long long last = (long long)n['v'] - 1, tokens = (long long)T;
+  if (check_range(op, a, "ids", 0, last, B * T) || check_range(op, a, "target", INT32_MIN, last, n['m']) ||
+      check_range(op, a, "draft", 0, last, B * n['k']) || check_range(op, a, "count", 0, (long long)n['k'], B) ||
+      check_range(op, a, "top_k", 0, INT32_MAX, B) || check_range(op, a, "slot", 0, (long long)S - 1, B) ||
+      check_range(op, a, "keep", 0, tokens, B) || check_range(op, a, "pos", 0, far, S) ||
+      check_range(op, a, "committed", 0, far, S) || check_range(op, a, "seen", 0, far, S) ||
+      check_range(op, a, "position", 0, far, !strcmp(op->name, "uniform") ? B : B * T))
+    return -1;
+  int i = find_param(op, "to"), kind = find_param(op, "kind");
+  if (i >= 0 && (a[i].number + a[i + 2].number > (double)n['n'] || a[i + 1].number + a[i + 2].number > (double)n['m'])) {
+    PyErr_Format(PyExc_ValueError, "%s: rows %zu of src to row %zu of dst do not fit (%zu and %zu rows)", op->name,
+                 (size_t)a[i + 1].number, (size_t)a[i].number, n['m'], n['n']);
+    return -1;
+  }
+  if (kind >= 0 && a[kind].given && a[kind].number > 1) {
+    PyErr_Format(PyExc_ValueError, "%s: argument 'kind' must be 0 (forward) or 1 (reverse)", op->name);
+    return -1;
+  }
+  int step = find_param(op, "step");
+  if (step >= 0 && a[step].number < 1) {
+    PyErr_Format(PyExc_ValueError, "%s: argument 'step' counts from 1, got 0", op->name);
+    return -1;
+  }
+  i = find_param(op, "temperature");
+  if (kind >= 0 && a[i].given && a[i].number <= 0) {
+    PyErr_Format(PyExc_ValueError, "%s: argument 'temperature' must be positive", op->name);
+    return -1;
+  }
+  int prev = find_param(op, "prev"), slot = find_param(op, "slot");
+  if (prev < 0) return 0;
+  return check_rows(op->name, slot >= 0 ? a[slot].data : NULL, a[prev].data, past && T <= PENDING, B, T, S);
+}
+
+/* ---- the generic caller ------------------------------------------------------------------------------------------------ */
+
+static PyObject *new_output(const Op *op, const Param *p, Arg *a, const size_t *n) {
+  if (p->optional && !has(op, a - (p - op->param), p->name + 1)) Py_RETURN_NONE;
+  npy_intp shape[MOST_DIMS];
+  for (int d = 0; d < p->dims; d++) shape[d] = (npy_intp)n[(unsigned char)p->letter[d]];
+  PyObject *array = PyArray_SimpleNew(p->dims, shape, p->type == '@' ? NPY_INT32 : NPY_FLOAT32);
+  if (array) a->data = PyArray_DATA((PyArrayObject *)array);
+  return array;
+}
+
+static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
+  const Op *op = PyCapsule_GetPointer(self, NULL);
+  PyObject *value[MOST_PARAMS] = {0}, *out[MOST_PARAMS] = {0}, *result = NULL;
+  Arg a[MOST_PARAMS] = {0};
+  size_t n[128] = {0};
+  char bound[128] = {0};
+  if (!op) return NULL;
+  if (positional > op->inputs)
+    return PyErr_Format(PyExc_TypeError, "%s: takes %d arguments, got %zd", op->name, op->inputs, positional);
+  for (Py_ssize_t i = 0; i < positional; i++) value[i] = args[i];
+  for (Py_ssize_t k = 0; names && k < PyTuple_GET_SIZE(names); k++) {
+    PyObject *name = PyTuple_GET_ITEM(names, k);
+    const char *text = PyUnicode_AsUTF8(name);
+    int i = text ? find_param(op, text) : -1;
+    if (i < 0 || i >= op->inputs) return PyErr_Format(PyExc_TypeError, "%s: unknown argument '%U'; it takes %s", op->name, name, op->spec);
+    if (value[i]) return PyErr_Format(PyExc_TypeError, "%s: argument '%U' given twice", op->name, name);
+    value[i] = args[positional + k];
+  }
+  for (int i = 0; i < op->inputs; i++) {
+    const Param *p = op->param + i;
+    if (!value[i] || value[i] == Py_None) {
+      if (p->optional) continue;
+      return PyErr_Format(PyExc_TypeError, "%s: argument '%s' is missing", op->name, p->name);
+    }
+    if (p->scalar ? read_scalar(op, p, value[i], a + i) : read_array(op, p, value[i], a + i, n, bound)) return NULL;
+  }
+  if (check_rules(op, n, bound) || check_values(op, a, n, bound)) return NULL;
+  for (int i = op->inputs; i < op->params; i++)
+    if (!(out[i] = new_output(op, op->param + i, a + i, n))) goto done;
+  Rows rows = {0};
+  const char *members[] = {"slot", "keep", "prev", "pos", "committed", "seen"};
+  const int32_t **member[] = {&rows.slot, &rows.keep, &rows.prev, &rows.pos, &rows.committed, &rows.seen};
+  for (int k = 0; k < 6; k++) {
+    int i = find_param(op, members[k]);
+    if (i >= 0) *member[k] = a[i].data;
+  }
+  Py_BEGIN_ALLOW_THREADS
+  op->thunk(a, n, rows);
+  Py_END_ALLOW_THREADS
+  const char *failure = device_error();
+  if (failure) {
+    PyErr_Format(PyExc_MemoryError, "%s: %s", op->name, failure);
+    goto done;
+  }
+  if (op->params - op->inputs == 1) {
+    result = Py_NewRef(out[op->inputs]);
+  } else if (op->params == op->inputs) {
+    result = Py_NewRef(Py_None);
+  } else if ((result = PyTuple_New(op->params - op->inputs))) {
+    for (int i = op->inputs; i < op->params; i++) PyTuple_SET_ITEM(result, i - op->inputs, Py_NewRef(out[i]));
+  }
+done:
+  for (int i = op->inputs; i < op->params; i++) Py_XDECREF(out[i]);
+  return result;
+}
+
+/* ---- SciPy's BLAS --------------------------------------------------------------------------------------------------------- */
+
+/* "void (char *, char *, int *, int *, int *, S *, S *, int *, S *, int *, S *, S *, int *)", S a typedef of float. */
+static int sgemm_signature(const char *s) {
+  static const char kinds[] = "cciiissisissi"; /* of Fortran's sgemm */
+  if (strncmp(s, "void (", 6)) return 0;
+  s += 6;
+  for (const char *k = kinds; *k; k++) {
+    size_t length = strcspn(s, ",)");
+    if (length < 3 || s[length - 1] != '*' || s[length - 2] != ' ') return 0;
+    size_t word = length - 2;
+    int fits = *k == 'c' ? word == 4 && !strncmp(s, "char", 4)
+               : *k == 'i' ? word == 3 && !strncmp(s, "int", 3)
+                           : (word == 5 && !strncmp(s, "float", 5)) || (word > 14 && !strncmp(s + word - 14, "cython_blas_s", 13)) ||
+                                 (word > 13 && !strncmp(s + word - 13, "cython_blas_s", 13));
+    if (!fits || (k[1] ? s[length] != ',' : s[length] != ')')) return 0;
+    s += length + 1 + (s[length + 1] == ' ');
+  }
+  return *s == 0;
+}
+
+static int find_threads(struct dl_phdr_info *info, size_t size, void *data) {
+  (void)size;
+  (void)data;
+  if (!info->dlpi_name || !strstr(info->dlpi_name, "scipy") || !strstr(info->dlpi_name, "blas")) return 0;
+  void *library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (!library) return 0;
+  static const char *const pairs[][2] = {{"scipy_openblas_get_num_threads", "scipy_openblas_set_num_threads"},
+                                         {"openblas_get_num_threads", "openblas_set_num_threads"}};
+  for (int i = 0; i < 2 && !blas_set_threads; i++) {
+    void *get = dlsym(library, pairs[i][0]), *set = dlsym(library, pairs[i][1]);
+    if (get && set) {
+      memcpy(&blas_get_threads, &get, sizeof get);
+      memcpy(&blas_set_threads, &set, sizeof set);
+    }
+  }
+  return blas_set_threads != NULL; /* the handle stays open: the library must not go away under us */
+}
+
+/* Without the capsule, with a signature that we do not know, or with threads that we cannot set, linear.c's own product serves. */
+static void find_blas(void) {
+  PyObject *scipy = PyImport_ImportModule("scipy.linalg.cython_blas"), *api = NULL, *capsule = NULL;
+  if (scipy) api = PyObject_GetAttrString(scipy, "__pyx_capi__");
+  if (api) capsule = PyMapping_GetItemString(api, "sgemm");
+  if (capsule && PyCapsule_CheckExact(capsule) && sgemm_signature(PyCapsule_GetName(capsule))) {
+    dl_iterate_phdr(find_threads, NULL);
+    void *p = blas_set_threads ? PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)) : NULL;
+    memcpy(&blas_sgemm, &p, sizeof p);
+  }
+  Py_XDECREF(capsule);
+  Py_XDECREF(api);
+  Py_XDECREF(scipy);
+  PyErr_Clear();
+}
+
+/* ---- the module ------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *py_workers(PyObject *self, PyObject *none) {
+  (void)self;
+  (void)none;
+  return PyLong_FromSize_t(workers());
+}
+
+/* Whether this processor has an x86-64 level; the base module alone answers, before any other is imported. */
+static PyObject *py_supports(PyObject *self, PyObject *level) {
+  (void)self;
+  const char *name = PyUnicode_AsUTF8(level);
+  if (!name) return NULL;
+  int has = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (!strcmp(name, "x86-64-v3")) has = v3;
+  if (!strcmp(name, "x86-64-v4"))
+    has = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return PyBool_FromLong(has);
+}
+
+static PyObject *py_sum_squares(PyObject *self, PyObject *value) {
+  (void)self;
+  static const Op op = {.name = "sum_squares"};
+  static const Param p = {.name = "g", .type = '%', .dims = 1, .letter = "n"};
+  size_t n[128] = {0};
+  char bound[128] = {0};
+  Arg a = {0};
+  if (read_array(&op, &p, value, &a, n, bound)) return NULL;
+  return PyFloat_FromDouble(sum_squares(a.data, n['n']));
+}
+
+static PyMethodDef functions[] = {
+    {"workers", py_workers, METH_NOARGS, "How many threads the ops use: MIL_NUM_THREADS, else the affinity count."},
+    {"supports", py_supports, METH_O, "supports(level) -> bool: whether this processor has x86-64-v3 or x86-64-v4."},
+    {"sum_squares", py_sum_squares, METH_O, "sum_squares(g float32 (n,)) -> float: the sum of squares, in double."},
+    {0}};
+
+static int add_ops(PyObject *module) {
+  static PyMethodDef methods[OP_COUNT];
+  static char docs[OP_COUNT][1024];
+  PyObject *specs = PyDict_New(), *name = PyModule_GetNameObject(module);
+  int failed = !specs || !name;
+  for (int i = 0; i < OP_COUNT && !failed; i++) {
+    Op *op = OPS + i;
+    parse_spec(op);
+    snprintf(docs[i], sizeof docs[i],
+             "%s\n\n%s\n\nArrays are C-contiguous; letters are sizes, equal letters equal sizes; unmarked and %%: float32, @: int32, #: float32 or\n"
+             "uint16 (bf16 bits), !: written in place, ?: optional, :1 a number, -> what is returned. Raises ValueError or TypeError\n"
+             "with a sentence that names the op, the argument, the axis and the sizes.",
+             op->spec, op->doc);
+    methods[i] = (PyMethodDef){op->name, (PyCFunction)(void (*)(void))call_op, METH_FASTCALL | METH_KEYWORDS, docs[i]};
+    PyObject *self = PyCapsule_New(op, NULL, NULL), *spec = PyUnicode_FromString(op->spec);
+    PyObject *function = self ? PyCFunction_NewEx(methods + i, self, name) : NULL;
+    failed = !function || !spec || PyDict_SetItemString(specs, op->name, spec) || PyModule_AddObjectRef(module, op->name, function);
+    Py_XDECREF(function);
+    Py_XDECREF(self);
+    Py_XDECREF(spec);
+  }
+  failed = failed || PyModule_AddObjectRef(module, "OPS", specs);
+  Py_XDECREF(specs);
+  Py_XDECREF(name);
+  return failed ? -1 : 0;
+}
+
+static int exec_module(PyObject *module) {
+  import_array1(-1);
+  find_blas();
+  if (add_ops(module) || add_types(module) || PyModule_AddFunctions(module, functions)) return -1;
+  if (PyModule_AddIntConstant(module, "SCAN_RING", SCAN_RING) || PyModule_AddIntConstant(module, "SSD_RING", SSD_RING) ||
+      PyModule_AddIntConstant(module, "FEW", FEW) || PyModule_AddIntConstant(module, "PENDING", PENDING))
+    return -1;
+  return PyModule_AddObjectRef(module, "BLAS", blas_sgemm ? Py_True : Py_False);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec_module},
+#ifdef Py_mod_multiple_interpreters
+                                   {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+                                   {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+                                   {0}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "mambainllama", .m_doc = "The ops, Model and State.", .m_slots = slots};
+
+#define JOIN(a, b) a##b
+#define INIT(name) JOIN(PyInit_, name)
+PyMODINIT_FUNC INIT(MIL_MODULE)(void);
+PyMODINIT_FUNC INIT(MIL_MODULE)(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,19 @@
+/* module.h - what module.c and pymodel.c, the only files that include Python.h, share. */
+#ifndef MIL_MODULE_H
+#define MIL_MODULE_H
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL mil_array_api
+#ifndef MODULE_MAIN
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "device.h"
+#include "ops.h"
+
+/* slot distinct (NULL: S >= B), prev a chain of documents, or any tree. -1: a sentence is set, beginning with `what`. */
+int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int tree, size_t B, size_t T, size_t S);
+int add_types(PyObject *module); /* pymodel.c: Model and State */
+#endif

@@ -1,0 +1,205 @@
+/* ops.h - THE contract: every op's prototype, formula, and what is = and what is +=.
+ *
+ * csrc/<op>.c defines these symbols for the CPU, cuda/<op>.cu defines the same symbols for the GPU; the linker chooses.
+ *
+ * Order of arguments: outputs, in-place state, inputs, optional inputs (NULL when absent), scalars, dims.
+ * Gradients are d<name>: activation gradients are = unless `add` says +=; parameter gradients are always +=, and NULL means
+ * not wanted (frozen). Arrays are contiguous; the comment gives the shape, letters as everywhere:
+ *   B batch  T time  C model width  H heads  G kv groups  P head dim  N state size  W conv width  F mlp width  V vocabulary
+ *   M = B*T rows   S slots of a State   J blocks of N channels that carry B (Mamba-1)   D inner width
+ * Any size works. Ops never allocate (scratch is device_scratch), never check, never exit: shapes are checked once, in
+ * module.c. Small parameters (norms, conv, A_log, D, biases) are float; only matrices carry a dtype. */
+#ifndef MIL_OPS_H
+#define MIL_OPS_H
+#include "real.h"
+
+/* Calls of at most FEW tokens (T, whatever B) are row-invariant: a row gets the same bits whatever runs beside it. */
+/* A call with a State of T <= PENDING may leave its tokens uncommitted; prev may then be any tree. */
+enum { FEW = 16, PENDING = 32 };
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+typedef struct {
+  const void *data; /* row-major */
+  int type;         /* FLOAT32 | BFLOAT16 */
+} Matrix;
+
+/* How the rows of a batch relate to the past. Every member may be NULL.
+ *   slot (B)     the State row that batch row b continues; NULL: b
+ *   keep (B)     how many of this call's tokens are committed; NULL: all T
+ *   prev (B,T)   the token before t: t-1 (NULL: always), -1 the incoming state, -2 nothing (a document starts)
+ *   pos (S)      where this call's first token stands in slot s (tokens before it, the pending ones that it extends included)
+ *   committed (S), seen (S)   committed tokens now, and when the checkpoint was last written
+ * Caches are addressed by absolute position modulo their length: the entry of token t of row b is (pos[slot]+t) % length.
+ *
+ * Recurrent checkpoints (scan, ssd): `state` holds the state after floor(seen/R)*R tokens, the ring the inputs of the tokens
+ * from there up to pos. T <= PENDING: fold whole runs of R tokens until the checkpoint stands at floor(committed/R)*R, then
+ * replay the ring and run the T tokens without touching the checkpoint; write their inputs to the ring.
+ * T > PENDING: tokens run from pos; the checkpoint is left at floor((pos+keep)/R)*R, and the ring holds the inputs from there
+ * on, at most R + PENDING of them. Without a ring (ring pointers NULL) `state` is simply initial state in, state after keep
+ * tokens out. Without a state (NULL) everything starts from zero. */
+typedef struct {
+  const int32_t *slot, *keep, *prev, *pos, *committed, *seen;
+} Rows;
+/* One slot's ring: x (S,R+PENDING,...) and B (S,R+PENDING,...) after the conv, dt (S,R+PENDING,...) after the softplus. */
+typedef struct {
+  real *x, *B;
+  float *dt;
+} Ring;
+
+/* ---- linear.c ----------------------------------------------------------------------------------------------------- */
+
+/* y[m,o] (= | add: +=) sum_k x[m,k] w[o,k] + bias[o].   y (B,T,O)  x (B,T,K)  w (O,K)  bias (O) or NULL
+ * T <= FEW: one fixed order over k, rows tiled, so a row's bits depend on nothing but that row. T > FEW: BLAS. */
+void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O);
+/* dx[m,k] (= | add: +=) sum_o dy[m,o] w[o,k];  dw[o,k] += sum_m dy[m,o] x[m,k];  dbias[o] += sum_m dy[m,o].
+ * dx, dw (float, O x K), dbias may be NULL. */
+void linear_backward(real *dx, float *dw, float *dbias, const real *dy, const real *x, Matrix w, int add, size_t M, size_t K,
+                     size_t O);
+/* y[m,:] = w[ids[m],:].   y (M,C)  w (V,C)  ids (M) */
+void embedding_forward(real *y, Matrix w, const int32_t *ids, size_t M, size_t C);
+/* dw[ids[m],:] += dy[m,:] in the order of m */
+void embedding_backward(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C);
+
+/* ---- norm.c ------------------------------------------------------------------------------------------------------- */
+
+/* y = x * rsqrt(mean(x^2) + eps) * w, statistics in float.   x, y (M,C)  w (C) */
+void rmsnorm_forward(real *y, const real *x, const float *w, float eps, size_t M, size_t C);
+/* dx (= | add: +=), dw += ; dx, dw may be NULL */
+void rmsnorm_backward(real *dx, float *dw, const real *dy, const real *x, const float *w, float eps, int add, size_t M,
+                      size_t C);
+/* Mamba-2's norm: per head, y = w * rmsnorm(x * silu(z)).   x, z, y (M,H,P)  w (H,P) */
+void gated_rmsnorm_forward(real *y, const real *x, const real *z, const float *w, float eps, size_t M, size_t H, size_t P);
+void gated_rmsnorm_backward(real *dx, real *dz, float *dw, const real *dy, const real *x, const real *z, const float *w,
+                            float eps, size_t M, size_t H, size_t P);
+
+/* ---- act.c -------------------------------------------------------------------------------------------------------- */
+
+/* y = silu(gate) * up, elementwise over n. y may alias gate or up. */
+void swiglu_forward(real *y, const real *gate, const real *up, size_t n);
+/* dgate = dy * up * silu'(gate); dup = dy * silu(gate). dgate, dup may alias gate, up. */
+void swiglu_backward(real *dgate, real *dup, const real *dy, const real *gate, const real *up, size_t n);
+
+/* ---- attention.c -------------------------------------------------------------------------------------------------- */
+
+/* RoPE, half-rotation layout: with a = position * inv_freq[i], (y[i], y[i+P/2]) = scale * (x[i] cos a - x[i+P/2] sin a,
+ * x[i+P/2] cos a + x[i] sin a). The angle is position * inv_freq rounded to float, as transformers does.
+ * x, y (M,H,P), y may alias x   position (M)   inv_freq (P/2) */
+void rope_forward(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
+                  size_t P);
+/* The rotation's transpose: dx = scale * R(-a) dy. dx may alias dy. */
+void rope_backward(real *dx, const real *dy, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
+                   size_t P);
+/* Causal GQA attention, head h reads kv group h / (H/G); o[t] = sum_j softmax_j(scale * q[t].k[j]) v[j] over the tokens j on
+ * t's path through prev, itself included, and, where the path reaches the incoming state, the tokens before pos in the cache;
+ * window > 0: at most the last `window` tokens of that path. Softmax in float, keys in path order in blocks that stand at
+ * absolute depths, so that T <= PENDING with a State is row-invariant. Never materialises T x T.
+ * o, q (B,T,H,P)  k, v (B,T,G,P)  lse (B,H,T) = log sum exp, or NULL  kcache, vcache (S,K,G,P) or NULL
+ * With a cache this call's k and v are written to it after they have been read (the last K tokens of pos .. pos+T). */
+void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
+                       float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K);
+/* Without a cache; prev[t] in {t-1, -2}. p = exp(scale * q.k - lse); dq, dk, dv =. */
+void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,
+                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H,
+                        size_t G, size_t P);
+
+/* ---- conv1d.c ----------------------------------------------------------------------------------------------------- */
+
+/* Causal depthwise convolution along prev, then SiLU if silu:
+ *   y[t,c] = f(bias[c] + sum_{i<W} w[c,i] x[t-(W-1-i), map(c)])     t-j: j steps back along prev, 0 before a document's start
+ *   map(c) = (c/N / rep)*N + c%N, rep = D/X: Mamba-1's repeat of blocks of N channels. X = D: map(c) = c, any N.
+ * y (B,T,D)  x (B,T,X)  w (D,W)  bias (D) or NULL  cache (S,K,X) of raw inputs or NULL, K >= W-1+PENDING; with it, tokens
+ * before pos come from the cache and this call's x is written to it after it has been read (the last K tokens).
+ * One fixed order over i, so row-invariant. */
+void conv1d_forward(real *y, real *cache, const real *x, const float *w, const float *bias, Rows rows, int silu, size_t B,
+                    size_t T, size_t X, size_t D, size_t N, size_t W, size_t K);
+/* Without a cache; prev[t] in {t-1, -2}. dx =, dw +=, dbias +=. */
+void conv1d_backward(real *dx, float *dw, float *dbias, const real *dy, const real *x, const float *w, const float *bias,
+                     Rows rows, int silu, size_t B, size_t T, size_t X, size_t D, size_t N, size_t W);
+
+/* ---- scan.c: Mamba-1 ----------------------------------------------------------------------------------------------- */
+
+/* d = softplus(dt[c] + dt_bias[c]);  S[c,n] = exp(-d exp(A_log[c,n])) S[c,n] + d B[j(c),n] x[c];
+ * y[c] = (sum_n C[c/N,n] S[c,n] + D[c] x[c]) * silu(z[c]),  j(c) = (c/N) / (D/N/J).  dt_bias, z, D may be NULL (0, no gate, 0).
+ * y, x, dt, z (B,T,D)  A_log (D,N)  Bm (B,T,J,N)  C (B,T,D/N,N)  state (S,D,N) float or NULL
+ * ring: x (S,R+PENDING,D)  dt (same)  B (S,R+PENDING,J,N), R = SCAN_RING; members NULL: none */
+void selective_scan_forward(real *y, float *state, Ring ring, const real *x, const real *dt, const float *A_log, const real *Bm,
+                            const real *C, const float *Dskip, const float *dt_bias, const real *z, Rows rows, size_t B,
+                            size_t T, size_t D, size_t N, size_t J);
+/* From zero or from `state` (S,D,N: the initial state of row b, read only); prev[t] in {t-1, -2}. dx, ddt, dB, dC, dz =;
+ * dA_log, dD, ddt_bias +=; dstate (S,D,N): in the cotangent of the final state, out that of the initial one; NULL: zero. */
+void selective_scan_backward(real *dx, real *ddt, float *dA_log, real *dB, real *dC, float *dD, float *ddt_bias, real *dz,
+                             float *dstate, const real *dy, const float *state, const real *x, const real *dt,
+                             const float *A_log, const real *Bm, const real *C, const float *Dskip, const float *dt_bias,
+                             const real *z, Rows rows, size_t B, size_t T, size_t D, size_t N, size_t J);
+
+/* ---- ssd.c: Mamba-2 ------------------------------------------------------------------------------------------------ */
+
+/* d = softplus(dt[h] + dt_bias[h]);  a = exp(-d exp(A_log[h]));  S[h] = a S[h] + d x[g] Bm[g]^T;  y[h] = S[h] C[h] + D[h] x[g],
+ * g = h / (H/G).  dt_bias, D may be NULL.
+ * y (B,T,H,P)  x (B,T,G,P)  dt (B,T,H)  A_log, Dskip, dt_bias (H)  Bm (B,T,G,N)  C (B,T,H,N)  state (S,H,P,N) float or NULL
+ * ring: x (S,R+PENDING,G,P)  dt (S,R+PENDING,H)  B (S,R+PENDING,G,N), R = SSD_RING; members NULL: none */
+void ssd_forward(real *y, float *state, Ring ring, const real *x, const real *dt, const float *A_log, const real *Bm,
+                 const real *C, const float *Dskip, const float *dt_bias, Rows rows, size_t B, size_t T, size_t H, size_t G,
+                 size_t P, size_t N);
+/* As selective_scan_backward; state, dstate (S,H,P,N). */
+void ssd_backward(real *dx, real *ddt, float *dA_log, real *dB, real *dC, float *dD, float *ddt_bias, float *dstate,
+                  const real *dy, const float *state, const real *x, const real *dt, const float *A_log, const real *Bm,
+                  const real *C, const float *Dskip, const float *dt_bias, Rows rows, size_t B, size_t T, size_t H, size_t G,
+                  size_t P, size_t N);
+
+/* ---- loss.c -------------------------------------------------------------------------------------------------------- */
+
+/* Per row m, with z = h[m] w^T (student) and u = th[m] tw^T (teacher, NULL: no KL), both never held for more than a chunk of
+ * rows:  ce[m] = -log softmax(z)[target[m]]   (0 where target < 0)
+ *        kl[m] = tau^2 KL(softmax(u/tau) || softmax(z/tau))      kind 0, forward
+ *                tau^2 KL(softmax(z/tau) || softmax(u/tau))      kind 1, reverse
+ * What is not asked for (weights both 0) is skipped and reads 0. wce NULL: 1 where target >= 0, else 0; wkl NULL: the same if
+ * there is a teacher. A weighted sequence log-probability (DPO) is -sum ce with wce as its weights.
+ * ce, kl, wce, wkl (M)  h (M,C)  w (V,C)  target (M)  th (M,K)  tw (V,K) */
+void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
+                     const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K);
+/* The same losses, and the gradient of sum_m wce[m] ce[m] + wkl[m] kl[m]: dh =, dw += (float (V,C), NULL: frozen). */
+void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
+                      Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
+                      size_t K);
+
+/* ---- adamw.c ------------------------------------------------------------------------------------------------------- */
+
+/* Decoupled weight decay (Loshchilov & Hutter 2019): g' = gscale g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
+ * w -= lr (mhat / (sqrt(vhat) + eps) + decay w), mhat = m/(1-b1^step), vhat = v/(1-b2^step), step >= 1.
+ * w is float (type FLOAT32), or bf16 with float master weights in `master`, of which w is the rounding.   all (n) */
+void adamw(void *w, float *master, float *m, float *v, const float *grad, int type, float lr, float b1, float b2, float eps,
+           float decay, float gscale, size_t step, size_t n);
+/* sum g^2 in double, a fixed order for a thread count */
+double sum_squares(const float *g, size_t n);
+
+/* ---- sample.c ------------------------------------------------------------------------------------------------------ */
+
+/* The distribution that sampling uses, in this order: temperature; top_k largest (0: all); the smallest set of mass >= top_p
+ * (1: all); those with p >= min_p * max p; renormalised. temperature 0: all mass on the first largest logit.
+ * Ties: the lower index first. All per row: temperature, top_p, min_p (B) float, top_k (B).
+ *
+ * token[b]: inverse CDF in index order at u[b] in [0,1).   token, u (B)  logits (B,V) */
+void sample(int32_t *token, const float *logits, const float *temperature, const int32_t *top_k, const float *top_p,
+            const float *min_p, const float *u, size_t B, size_t V);
+/* Speculative acceptance (Leviathan et al. 2023): with p_i, q_i the target's and draft's distributions as above, draft token i
+ * is accepted while u_accept[b,i] * q_i(token) < p_i(token) (temperature 0: while it is the target's argmax); accepted[b] is
+ * how many; then token[b] is drawn at u_sample[b,accepted] from max(p - q, 0) renormalised, or from p_K when all are accepted.
+ * count (B) or NULL: row b drafted only count[b] <= K tokens.
+ * accepted, token (B)  logits (B,K+1,V)  draft (B,K)  draft_logits (B,K,V)  u_accept (B,K)  u_sample (B,K+1) */
+void verify(int32_t *accepted, int32_t *token, const float *logits, const int32_t *draft, const float *draft_logits,
+            const int32_t *count, const float *temperature, const int32_t *top_k, const float *top_p, const float *min_p,
+            const float *u_accept, const float *u_sample, size_t B, size_t K, size_t V);
+/* u[b] in [0,1): the first word of Philox4x32-10 (Salmon et al. 2011), key = seed (low, high), counter = (index, position, use, 0). */
+void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, uint64_t seed, size_t B);
+
+/* ---- transfer.c ---------------------------------------------------------------------------------------------------- */
+
+/* Row copies, byte-exact: dst[to .. to+n, :] = src[from .. from+n, :], both (.,K) of one type; a type that differs is converted. */
+void copy_rows(void *dst, int dst_type, size_t to, Matrix src, size_t from, size_t n, size_t K);
+/* What starts fresh: w (n) of `type` from Philox(seed, stream, i).
+ * FILL_UNIFORM: U(a,b). FILL_NORMAL: N(a, b^2). FILL_CONSTANT: a. FILL_LOG_UNIFORM: log U(a,b). FILL_DT: inverse softplus of
+ * max(exp(U(log a, log b)), 1e-4). FILL_LOG_INDEX: log(i % b + 1) (Mamba-1's A_log). */
+enum { FILL_UNIFORM, FILL_NORMAL, FILL_CONSTANT, FILL_LOG_UNIFORM, FILL_DT, FILL_LOG_INDEX };
+void fill(void *w, int type, int how, float a, float b, uint64_t seed, uint32_t stream, size_t n);
+#endif

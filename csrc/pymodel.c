@@ -1,0 +1,685 @@
+/* pymodel.c - the types Model and State: Python's handles on model.h. Checks here, computing there. */
+#include "module.h"
+
+#include <pthread.h>
+
+#include "model.h"
+
+typedef struct {
+  PyObject_HEAD Model m;
+  int version; /* moves when a layer's kind changes: a State from before no longer fits */
+} ModelObject;
+
+typedef struct {
+  PyObject_HEAD State s;
+  ModelObject *model;
+  int version;
+} StateObject;
+
+static PyTypeObject *model_type, *state_type; /* the same for every interpreter that could load this module: there is one */
+static pthread_mutex_t computing = PTHREAD_MUTEX_INITIALIZER; /* one model call at a time: arenas and the pool are shared */
+
+#define COMPUTE(...)                   \
+  Py_BEGIN_ALLOW_THREADS               \
+  pthread_mutex_lock(&computing);      \
+  __VA_ARGS__;                         \
+  pthread_mutex_unlock(&computing);    \
+  Py_END_ALLOW_THREADS
+
+/* NULL, with MemoryError if something failed on the device. */
+static PyObject *finish(int failed) {
+  const char *what = device_error();
+  if (failed || what) return PyErr_Format(PyExc_MemoryError, "%s", what ? what : "out of memory");
+  Py_RETURN_NONE;
+}
+
+/* ---- Model: construction ---------------------------------------------------------------------------------------------------- */
+
+static int read_size(PyObject *dict, const char *key, size_t *out) {
+  PyObject *value = PyMapping_GetItemString(dict, key);
+  *out = value ? PyLong_AsSize_t(value) : 0;
+  Py_XDECREF(value);
+  return PyErr_Occurred() || *out > 1u << 30 ? -1 : 0;
+}
+
+static int read_float(PyObject *dict, const char *key, float *out) {
+  PyObject *value = PyMapping_GetItemString(dict, key);
+  *out = value ? (float)PyFloat_AsDouble(value) : 0;
+  Py_XDECREF(value);
+  return PyErr_Occurred() ? -1 : 0;
+}
+
+static int kind_of(PyObject *name) {
+  for (int i = 0; i < MIXERS; i++)
+    if (PyUnicode_Check(name) && !PyUnicode_CompareWithASCIIString(name, MIXER[i].name)) return i;
+  PyErr_Format(PyExc_ValueError, "layer kind is %R, expected 'attention', 'mamba1' or 'mamba2'", name);
+  return -1;
+}
+
+static int read_layers(PyObject *dict, Model *m) {
+  PyObject *kinds = PyMapping_GetItemString(dict, "kinds"), *windows = PyMapping_GetItemString(dict, "window");
+  int failed = !kinds || !windows || PySequence_Size(kinds) != (Py_ssize_t)m->c.layers || PySequence_Size(windows) != (Py_ssize_t)m->c.layers;
+  m->kind = calloc(m->c.layers + 1, sizeof *m->kind);
+  m->window = calloc(m->c.layers + 1, sizeof *m->window);
+  for (size_t l = 0; l < m->c.layers && !failed; l++) {
+    PyObject *kind = PySequence_GetItem(kinds, (Py_ssize_t)l), *window = PySequence_GetItem(windows, (Py_ssize_t)l);
+    int k = kind ? kind_of(kind) : -1;
+    failed = !m->kind || !m->window || k < 0 || !window;
+    if (!failed) m->kind[l] = k, m->window[l] = PyLong_AsSize_t(window);
+    failed = failed || PyErr_Occurred();
+    Py_XDECREF(kind);
+    Py_XDECREF(window);
+  }
+  if (failed && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "the architecture's kinds and window must have one entry a layer");
+  Py_XDECREF(kinds);
+  Py_XDECREF(windows);
+  return failed ? -1 : 0;
+}
+
+static int set_rope(Model *m, PyObject *value) {
+  PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OTF(value, NPY_FLOAT32, NPY_ARRAY_IN_ARRAY);
+  if (!array) return -1;
+  size_t n = m->c.head_dim / 2;
+  if ((size_t)PyArray_SIZE(array) != n) {
+    PyErr_Format(PyExc_ValueError, "inv_freq has %zd entries, expected head_dim/2 = %zu", (Py_ssize_t)PyArray_SIZE(array), n);
+    Py_DECREF(array);
+    return -1;
+  }
+  if (!m->inv_freq) m->inv_freq = device_alloc(n * sizeof(float));
+  if (m->inv_freq) device_push(m->inv_freq, PyArray_DATA(array), n * sizeof(float));
+  Py_DECREF(array);
+  return m->inv_freq ? 0 : -1;
+}
+
+static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"architecture", "dtype", NULL};
+  PyObject *dict, *rope;
+  const char *dtype;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!s", names, &PyDict_Type, &dict, &dtype)) return NULL;
+  ModelObject *self = (ModelObject *)type->tp_alloc(type, 0);
+  if (!self) return NULL;
+  Model *m = &self->m;
+  m->type = strcmp(dtype, "bfloat16") ? FLOAT32 : BFLOAT16;
+  int failed = 0;
+#define X(name) failed = failed || read_size(dict, #name, &m->c.name);
+  CONFIG_SIZES(X)
+#undef X
+#define X(name) failed = failed || read_float(dict, #name, &m->c.name);
+  CONFIG_FLOATS(X)
+#undef X
+  if (!failed && (!m->c.vocab || !m->c.width || !m->c.heads || !m->c.kv_heads || !m->c.head_dim || m->c.heads % m->c.kv_heads)) {
+    PyErr_SetString(PyExc_ValueError, "the architecture's sizes must be positive and heads a multiple of kv_heads");
+    failed = 1;
+  }
+  failed = failed || read_layers(dict, m) || !(rope = PyMapping_GetItemString(dict, "inv_freq"));
+  if (!failed) {
+    failed = set_rope(m, rope) || model_init(m);
+    Py_DECREF(rope);
+  }
+  if (failed) {
+    if (!PyErr_Occurred()) Py_XDECREF(finish(1));
+    Py_DECREF(self);
+    return NULL;
+  }
+  return (PyObject *)self;
+}
+
+static PyObject *model_clone_(PyObject *self, PyObject *none) {
+  (void)none;
+  ModelObject *clone = (ModelObject *)model_type->tp_alloc(model_type, 0);
+  if (!clone || !model_clone(&clone->m, &((ModelObject *)self)->m)) return (PyObject *)clone;
+  Py_DECREF(clone);
+  return finish(1);
+}
+
+static void model_dealloc(PyObject *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  model_free(&((ModelObject *)self)->m);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+/* ---- Model: parameters --------------------------------------------------------------------------------------------------------- */
+
+static PyObject *full_name(const Param *p, size_t i, size_t layer) {
+  return i < 3 ? PyUnicode_FromString(p->name) : PyUnicode_FromFormat("model.layers.%zu.%s", layer, p->name);
+}
+
+static int shape_of(const Param *p, npy_intp *shape) {
+  shape[0] = (npy_intp)p->a;
+  shape[1] = p->form == FILTER ? 1 : (npy_intp)p->b;
+  shape[2] = (npy_intp)p->b;
+  return p->form == VECTOR ? 1 : p->form == FILTER ? 3 : 2;
+}
+
+static Param *find(ModelObject *self, PyObject *name) {
+  size_t layer;
+  for (size_t i = 0; i < param_count(&self->m); i++) {
+    Param *p = param_at(&self->m, i, &layer);
+    if (!p->name) continue;
+    PyObject *full = full_name(p, i, layer);
+    int same = full ? PyObject_RichCompareBool(full, name, Py_EQ) : -1;
+    Py_XDECREF(full);
+    if (same) return same < 0 ? NULL : p;
+  }
+  PyErr_Format(PyExc_ValueError, "no parameter %R in this model (model.names lists them)", name);
+  return NULL;
+}
+
+static PyObject *model_names(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  PyObject *dict = PyDict_New();
+  size_t layer;
+  for (size_t i = 0; dict && i < param_count(m); i++) {
+    Param *p = param_at(m, i, &layer);
+    if (!p->name) continue;
+    npy_intp shape[3];
+    int axes = shape_of(p, shape);
+    PyObject *name = full_name(p, i, layer), *tuple = PyTuple_New(axes);
+    for (int d = 0; tuple && d < axes; d++) PyTuple_SET_ITEM(tuple, d, PyLong_FromSsize_t(shape[d]));
+    if (!name || !tuple || PyDict_SetItem(dict, name, tuple)) Py_CLEAR(dict);
+    Py_XDECREF(name);
+    Py_XDECREF(tuple);
+  }
+  return dict;
+}
+
+static PyObject *pull_array(const Param *p, int type, const void *data) {
+  npy_intp shape[3];
+  int axes = shape_of(p, shape);
+  PyObject *array = PyArray_SimpleNew(axes, shape, type);
+  if (array) device_pull(PyArray_DATA((PyArrayObject *)array), data, p->n * (type == NPY_FLOAT32 ? 4 : 2));
+  return array;
+}
+
+static PyObject *model_raw(PyObject *self, PyObject *name) {
+  Param *p = find((ModelObject *)self, name);
+  return p ? pull_array(p, p->type == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16, p->buffer->data) : NULL;
+}
+
+static PyObject *model_get(PyObject *self, PyObject *name) {
+  PyObject *raw = model_raw(self, name);
+  if (!raw || PyArray_TYPE((PyArrayObject *)raw) == NPY_FLOAT32) return raw;
+  PyObject *array = PyArray_SimpleNew(PyArray_NDIM((PyArrayObject *)raw), PyArray_DIMS((PyArrayObject *)raw), NPY_FLOAT32);
+  const uint16_t *half = PyArray_DATA((PyArrayObject *)raw);
+  for (npy_intp i = 0; array && i < PyArray_SIZE((PyArrayObject *)raw); i++)
+    ((float *)PyArray_DATA((PyArrayObject *)array))[i] = bf16_to_float(half[i]);
+  Py_DECREF(raw);
+  return array;
+}
+
+static int fits(const Param *p, PyObject *value, PyObject *name, int halves) {
+  npy_intp shape[3];
+  int axes = shape_of(p, shape);
+  PyArrayObject *a = (PyArrayObject *)value;
+  if (!PyArray_Check(value) || (PyArray_TYPE(a) != NPY_FLOAT32 && !(halves && PyArray_TYPE(a) == NPY_UINT16)) || !PyArray_ISCARRAY_RO(a)) {
+    PyErr_Format(PyExc_ValueError, "%U: expected a C-contiguous float32 array%s", name, halves ? " (or uint16, the bits of bf16)" : "");
+    return 0;
+  }
+  int same = PyArray_NDIM(a) == axes;
+  for (int d = 0; same && d < axes; d++) same = PyArray_DIM(a, d) == shape[d];
+  if (same) return 1;
+  PyObject *got = PyObject_GetAttrString(value, "shape");
+  if (got && axes == 1) PyErr_Format(PyExc_ValueError, "%U: shape is %S, expected (%zd,)", name, got, shape[0]);
+  if (got && axes == 2) PyErr_Format(PyExc_ValueError, "%U: shape is %S, expected (%zd, %zd)", name, got, shape[0], shape[1]);
+  if (got && axes == 3) PyErr_Format(PyExc_ValueError, "%U: shape is %S, expected (%zd, 1, %zd)", name, got, shape[0], shape[2]);
+  Py_XDECREF(got);
+  return 0;
+}
+
+static PyObject *model_set(PyObject *self, PyObject *args) {
+  PyObject *name, *value;
+  if (!PyArg_ParseTuple(args, "UO", &name, &value)) return NULL;
+  Param *p = find((ModelObject *)self, name);
+  if (!p || !fits(p, value, name, 1)) return NULL;
+  if (param_own(p)) return finish(1);
+  PyArrayObject *a = (PyArrayObject *)value;
+  Matrix src = {PyArray_DATA(a), PyArray_TYPE(a) == NPY_FLOAT32 ? FLOAT32 : BFLOAT16};
+  void *staged = NULL;
+  if (src.type != p->type) { /* converted on the host, then pushed */
+    staged = malloc(param_bytes(p) + 1);
+    if (!staged) return PyErr_NoMemory();
+    for (size_t i = 0; i < p->n; i++)
+      if (p->type == FLOAT32)
+        ((float *)staged)[i] = bf16_to_float(((const uint16_t *)src.data)[i]);
+      else
+        ((uint16_t *)staged)[i] = float_to_bf16(((const float *)src.data)[i]);
+  }
+  device_push(p->buffer->data, staged ? staged : src.data, param_bytes(p));
+  free(staged);
+  if (p->master) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
+  return finish(0);
+}
+
+static PyObject *model_grad(PyObject *self, PyObject *name) {
+  Param *p = find((ModelObject *)self, name);
+  if (!p) return NULL;
+  const float *g = gradient(&((ModelObject *)self)->m, p);
+  if (!g) return PyErr_Format(PyExc_ValueError, "%U has no gradient: it is frozen, or no backward has run yet", name);
+  return pull_array(p, NPY_FLOAT32, g);
+}
+
+static PyObject *model_moments(PyObject *self, PyObject *name) {
+  Param *p = find((ModelObject *)self, name);
+  if (!p) return NULL;
+  if (!p->m) Py_RETURN_NONE;
+  PyObject *m = pull_array(p, NPY_FLOAT32, p->m), *v = pull_array(p, NPY_FLOAT32, p->v);
+  PyObject *w = p->master ? pull_array(p, NPY_FLOAT32, p->master) : Py_NewRef(Py_None);
+  return Py_BuildValue("NNN", m, v, w);
+}
+
+static PyObject *model_set_moments(PyObject *self, PyObject *args) {
+  PyObject *name, *value[3];
+  if (!PyArg_ParseTuple(args, "UOOO", &name, value, value + 1, value + 2)) return NULL;
+  Param *p = find((ModelObject *)self, name);
+  if (!p) return NULL;
+  if ((value[2] == Py_None) != (p->type == FLOAT32))
+    return PyErr_Format(PyExc_ValueError, "%U: master weights go with bf16 matrices, and only with them", name);
+  for (int i = 0; i < 3; i++)
+    if (value[i] != Py_None && !fits(p, value[i], name, 0)) return NULL;
+  if (param_moments(p)) return finish(1);
+  float *to[] = {p->m, p->v, p->master};
+  for (int i = 0; i < 3; i++)
+    if (to[i]) device_push(to[i], PyArray_DATA((PyArrayObject *)value[i]), p->n * sizeof(float));
+  return finish(0);
+}
+
+static PyObject *model_set_trainable(PyObject *self, PyObject *args) {
+  PyObject *name;
+  int trainable;
+  if (!PyArg_ParseTuple(args, "Up", &name, &trainable)) return NULL;
+  Param *p = find((ModelObject *)self, name);
+  if (!p) return NULL;
+  param_set_trainable(&((ModelObject *)self)->m, p, trainable);
+  Py_RETURN_NONE;
+}
+
+static PyObject *model_zero_grad(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  if (m->gradients) device_zero(m->gradients, m->gradient_count * sizeof(float));
+  Py_RETURN_NONE;
+}
+
+static PyObject *model_grad_norm(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  double total = 0;
+  COMPUTE(total = m->gradients ? sum_squares(m->gradients, m->gradient_count) : 0)
+  return PyFloat_FromDouble(sqrt(total));
+}
+
+static PyObject *model_step_(PyObject *self, PyObject *args) {
+  Model *m = &((ModelObject *)self)->m;
+  float lr, b1, b2, eps, decay, scale;
+  Py_ssize_t step;
+  if (!PyArg_ParseTuple(args, "ffffffn", &lr, &b1, &b2, &eps, &decay, &scale, &step)) return NULL;
+  if (step < 1) return PyErr_Format(PyExc_ValueError, "step counts from 1, got %zd", step);
+  if (!m->gradients) return PyErr_Format(PyExc_ValueError, "there are no gradients to step on: no backward has run yet");
+  int failed;
+  COMPUTE(failed = model_step(m, lr, b1, b2, eps, decay, scale, (size_t)step))
+  return finish(failed);
+}
+
+/* ---- Model: layers ---------------------------------------------------------------------------------------------------------------- */
+
+static PyObject *model_kinds(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  PyObject *list = PyList_New((Py_ssize_t)m->c.layers);
+  for (size_t l = 0; list && l < m->c.layers; l++) PyList_SET_ITEM(list, (Py_ssize_t)l, PyUnicode_FromString(MIXER[m->kind[l]].name));
+  return list;
+}
+
+static PyObject *model_convert_(PyObject *self, PyObject *args) {
+  ModelObject *o = (ModelObject *)self;
+  PyObject *name;
+  Py_ssize_t layer;
+  int init;
+  unsigned long long seed;
+  if (!PyArg_ParseTuple(args, "nUpK", &layer, &name, &init, &seed)) return NULL;
+  int kind = kind_of(name);
+  if (kind < 0) return NULL;
+  if (layer < 0 || (size_t)layer >= o->m.c.layers || o->m.kind[layer] != ATTENTION || kind == ATTENTION)
+    return PyErr_Format(PyExc_ValueError, "layer %zd cannot become %U: it must be one of the model's attention layers", layer, name);
+  o->version++;
+  return finish(model_convert(&o->m, (size_t)layer, kind, init, seed));
+}
+
+static PyObject *model_randomize_(PyObject *self, PyObject *args) {
+  unsigned long long seed;
+  float std;
+  if (!PyArg_ParseTuple(args, "Kf", &seed, &std)) return NULL;
+  model_randomize(&((ModelObject *)self)->m, seed, std);
+  return finish(0);
+}
+
+static PyObject *model_set_rope(PyObject *self, PyObject *args) {
+  PyObject *value;
+  float scale;
+  if (!PyArg_ParseTuple(args, "Of", &value, &scale) || set_rope(&((ModelObject *)self)->m, value)) return NULL;
+  ((ModelObject *)self)->m.c.rope_scale = scale;
+  Py_RETURN_NONE;
+}
+
+/* ---- Model: calls -------------------------------------------------------------------------------------------------------------------- */
+
+static int32_t *ints(PyObject *value, const char *name, size_t n, long low, long high) {
+  PyArrayObject *a = (PyArrayObject *)value;
+  if (!PyArray_Check(value) || PyArray_TYPE(a) != NPY_INT32 || !PyArray_ISCARRAY_RO(a) || (size_t)PyArray_SIZE(a) != n) {
+    PyErr_Format(PyExc_ValueError, "logits: argument '%s' must be a C-contiguous int32 array of %zu entries", name, n);
+    return NULL;
+  }
+  int32_t *v = PyArray_DATA(a);
+  for (size_t i = 0; i < n; i++)
+    if (v[i] < low || v[i] > high) {
+      PyErr_Format(PyExc_ValueError, "argument '%s' holds %d at flat index %zu, expected %ld to %ld", name, (int)v[i], i, low, high);
+      return NULL;
+    }
+  return v;
+}
+
+static int read_ids(PyObject *value, const Model *m, const int32_t **ids, size_t *B, size_t *T) {
+  PyArrayObject *a = (PyArrayObject *)value;
+  if (!PyArray_Check(value) || PyArray_NDIM(a) != 2) {
+    PyErr_SetString(PyExc_ValueError, "argument 'ids' must be an int32 array of shape (batch, tokens)");
+    return -1;
+  }
+  *B = (size_t)PyArray_DIM(a, 0), *T = (size_t)PyArray_DIM(a, 1);
+  *ids = ints(value, "ids", *B * *T, 0, (long)m->c.vocab - 1);
+  return *ids ? 0 : -1;
+}
+
+static int check_state(const ModelObject *o, const StateObject *state, const Rows *rows, int extend, size_t B, size_t T) {
+  const State *s = &state->s;
+  if (state->model != o || state->version != o->version) {
+    PyErr_SetString(PyExc_ValueError, "the state was made for another model (or before a layer of this one was converted)");
+    return -1;
+  }
+  for (size_t b = 0; b < B; b++) {
+    size_t i = rows->slot ? (size_t)rows->slot[b] : b, kept = rows->keep ? (size_t)rows->keep[b] : T;
+    size_t start = (size_t)s->pos[i] + (extend ? (size_t)s->pending[i] : 0);
+    if (start + T > s->capacity) {
+      PyErr_Format(PyExc_ValueError, "row %zu: %zu tokens before and %zu new ones exceed the state's capacity of %zu", b, start, T,
+                   s->capacity);
+      return -1;
+    }
+    if (extend && (kept || T + (size_t)s->pending[i] > PENDING)) {
+      PyErr_Format(PyExc_ValueError, "row %zu: extend adds to the %d pending tokens: keep must be 0, and at most %d may be pending", b,
+                   s->pending[i], PENDING);
+      return -1;
+    }
+    if (T > PENDING && !kept) {
+      PyErr_Format(PyExc_ValueError, "row %zu: %zu tokens would stay uncommitted, at most %d may", b, T, PENDING);
+      return -1;
+    }
+  }
+  return 0;
+}
+
+static PyObject *model_logits_(PyObject *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"ids", "state", "keep", "slot", "prev", "last", "extend", NULL};
+  ModelObject *o = (ModelObject *)self;
+  PyObject *ids_value, *state_value = Py_None, *keep = Py_None, *slot = Py_None, *prev = Py_None;
+  Py_ssize_t last = -1;
+  int extend = 0;
+  const int32_t *ids;
+  size_t B, T;
+  Rows rows = {0};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOOnp", names, &ids_value, &state_value, &keep, &slot, &prev, &last, &extend) ||
+      read_ids(ids_value, &o->m, &ids, &B, &T))
+    return NULL;
+  if (state_value != Py_None && !PyObject_TypeCheck(state_value, state_type))
+    return PyErr_Format(PyExc_ValueError, "argument 'state' must be a State of the model's own backend, got %s", Py_TYPE(state_value)->tp_name);
+  StateObject *state = state_value == Py_None ? NULL : (StateObject *)state_value;
+  if (!state && (slot != Py_None || extend)) return PyErr_Format(PyExc_ValueError, "arguments 'slot' and 'extend' need a state");
+  size_t S = state ? state->s.slots : B;
+  if (keep != Py_None && !(rows.keep = ints(keep, "keep", B, 0, (long)T))) return NULL;
+  if (slot != Py_None && !(rows.slot = ints(slot, "slot", B, 0, (long)S - 1))) return NULL;
+  if (prev != Py_None && !(rows.prev = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
+  if (check_rows("logits", rows.slot, rows.prev, state && T <= PENDING, B, T, S)) return NULL;
+  if (state && check_state(o, state, &rows, extend, B, T)) return NULL;
+  for (size_t b = 0; b < B && last > 0; b++)
+    if ((size_t)last > (rows.keep ? (size_t)rows.keep[b] : T))
+      return PyErr_Format(PyExc_ValueError, "row %zu keeps %zu tokens, fewer than last = %zd", b, rows.keep ? (size_t)rows.keep[b] : T, last);
+  size_t n = last < 0 ? T : (size_t)last;
+  npy_intp shape[3] = {(npy_intp)B, (npy_intp)n, (npy_intp)o->m.c.vocab};
+  PyObject *out = PyArray_SimpleNew(3, shape, NPY_FLOAT32);
+  if (!out || !B || !T) return out;
+  int failed;
+  COMPUTE(failed = model_logits(&o->m, state ? &state->s : NULL, PyArray_DATA((PyArrayObject *)out), ids, &rows, extend, last >= 0, n, B, T))
+  PyObject *none = finish(failed);
+  if (!none) Py_CLEAR(out);
+  Py_XDECREF(none);
+  return out;
+}
+
+static float *floats(PyObject *value, const char *name, size_t n) {
+  PyArrayObject *a = (PyArrayObject *)value;
+  if (PyArray_Check(value) && PyArray_TYPE(a) == NPY_FLOAT32 && PyArray_ISCARRAY_RO(a) && (size_t)PyArray_SIZE(a) == n) return PyArray_DATA(a);
+  PyErr_Format(PyExc_ValueError, "argument '%s' must be a C-contiguous float32 array of %zu entries", name, n);
+  return NULL;
+}
+
+static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"ids", "targets", "wce", "wkl", "teacher", "prev", "temperature", "kind", "backward", "recompute", NULL};
+  ModelObject *o = (ModelObject *)self;
+  PyObject *ids_value, *target_value, *wce_value, *wkl_value, *teacher = Py_None, *prev = Py_None;
+  float tau = 1;
+  int kind = 0, backward = 0, recompute = 0;
+  const int32_t *ids, *target, *before = NULL;
+  const float *wce, *wkl;
+  size_t B, T;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOfipp", names, &ids_value, &target_value, &wce_value, &wkl_value, &teacher, &prev,
+                                   &tau, &kind, &backward, &recompute) ||
+      read_ids(ids_value, &o->m, &ids, &B, &T) || !(target = ints(target_value, "targets", B * T, INT32_MIN, (long)o->m.c.vocab - 1)) ||
+      !(wce = floats(wce_value, "wce", B * T)) || !(wkl = floats(wkl_value, "wkl", B * T)))
+    return NULL;
+  if (teacher != Py_None && (!PyObject_TypeCheck(teacher, model_type) || teacher == self))
+    return PyErr_Format(PyExc_ValueError, "argument 'teacher' must be another Model of the same backend");
+  Model *t = teacher == Py_None ? NULL : &((ModelObject *)teacher)->m;
+  if (t && t->c.vocab != o->m.c.vocab)
+    return PyErr_Format(PyExc_ValueError, "the teacher's vocabulary has %zu tokens, the student's %zu", t->c.vocab, o->m.c.vocab);
+  if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
+  if (check_rows("loss", NULL, before, 0, B, T, B)) return NULL;
+  double out[2] = {0, 0};
+  int failed = 0;
+  if (B && T) COMPUTE(failed = model_loss(&o->m, t, out, ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
+  PyObject *none = finish(failed);
+  if (!none) return NULL;
+  Py_DECREF(none);
+  return Py_BuildValue("dd", out[0], out[1]);
+}
+
+static PyMethodDef model_methods[] = {
+    {"names", model_names, METH_NOARGS, "names() -> {checkpoint name: shape}"},
+    {"kinds", model_kinds, METH_NOARGS, "kinds() -> the layers' mixers, by name"},
+    {"get", model_get, METH_O, "get(name) -> the parameter as float32"},
+    {"raw", model_raw, METH_O, "raw(name) -> the parameter as stored: float32, or uint16 (the bits of bf16)"},
+    {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16)"},
+    {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
+    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), or None before the first step"},
+    {"set_moments", model_set_moments, METH_VARARGS, "set_moments(name, m, v, master)"},
+    {"set_trainable", model_set_trainable, METH_VARARGS, "set_trainable(name, bool)"},
+    {"clone", model_clone_, METH_NOARGS, "clone() -> a model that shares every parameter until one of the two writes it"},
+    {"zero_grad", model_zero_grad, METH_NOARGS, "zero_grad()"},
+    {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of all gradients"},
+    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step): AdamW on the trainable parameters"},
+    {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed)"},
+    {"randomize", model_randomize_, METH_VARARGS, "randomize(seed, std)"},
+    {"set_rope", model_set_rope, METH_VARARGS, "set_rope(inv_freq, scale)"},
+    {"logits", (PyCFunction)(void (*)(void))model_logits_, METH_VARARGS | METH_KEYWORDS, "logits(ids, state, keep, slot, prev, last, extend)"},
+    {"loss", (PyCFunction)(void (*)(void))model_loss_, METH_VARARGS | METH_KEYWORDS,
+     "loss(ids, targets, wce, wkl, teacher, prev, temperature, kind, backward, recompute) -> sums of ce and kl over rows"},
+    {0}};
+
+/* ---- State ------------------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"model", "batch", "capacity", NULL};
+  PyObject *model;
+  Py_ssize_t slots, capacity;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!nn", names, model_type, &model, &slots, &capacity)) return NULL;
+  if (slots < 1 || capacity < 1 || slots > 1 << 20 || capacity > 1 << 30)
+    return PyErr_Format(PyExc_ValueError, "a State needs a positive batch and capacity, got %zd and %zd", slots, capacity);
+  StateObject *self = (StateObject *)type->tp_alloc(type, 0);
+  if (!self) return NULL;
+  self->model = (ModelObject *)Py_NewRef(model);
+  self->version = self->model->version;
+  self->s.slots = (size_t)slots;
+  self->s.capacity = (size_t)capacity;
+  if (!state_init(&self->s, &self->model->m)) return (PyObject *)self;
+  Py_DECREF(self);
+  return finish(1);
+}
+
+static void state_dealloc(PyObject *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  StateObject *o = (StateObject *)self;
+  state_free(&o->s);
+  Py_XDECREF(o->model);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+static PyObject *state_counter(PyObject *self, void *which) {
+  State *s = &((StateObject *)self)->s;
+  npy_intp n = (npy_intp)s->slots;
+  PyObject *array = PyArray_SimpleNew(1, &n, NPY_INT32);
+  if (array) memcpy(PyArray_DATA((PyArrayObject *)array), which ? s->pending : s->pos, s->slots * sizeof(int32_t));
+  return array;
+}
+
+static PyObject *state_size(PyObject *self, void *which) {
+  State *s = &((StateObject *)self)->s;
+  return PyLong_FromSize_t(which ? s->capacity : s->slots);
+}
+
+/* commit(rows, n, path or None): all rows checked before any moves */
+static PyObject *state_commit_(PyObject *self, PyObject *args) {
+  State *s = &((StateObject *)self)->s;
+  PyObject *rows_value, *n_value, *path_value;
+  if (!PyArg_ParseTuple(args, "OOO", &rows_value, &n_value, &path_value)) return NULL;
+  size_t B = PyArray_Check(rows_value) ? (size_t)PyArray_SIZE((PyArrayObject *)rows_value) : 0, width = 0;
+  const int32_t *rows = ints(rows_value, "rows", B, 0, (long)s->slots - 1), *n = rows ? ints(n_value, "n", B, 0, PENDING) : NULL, *path = NULL;
+  if (!n || check_rows("commit", rows, NULL, 0, B, 0, s->slots)) return NULL;
+  if (path_value != Py_None) {
+    size_t size = PyArray_Check(path_value) ? (size_t)PyArray_SIZE((PyArrayObject *)path_value) : 0;
+    width = B ? size / B : 0;
+    if (!(path = ints(path_value, "path", B * width, -1, PENDING - 1))) return NULL;
+  }
+  for (size_t b = 0; b < B; b++) {
+    if (n[b] > s->pending[rows[b]])
+      return PyErr_Format(PyExc_ValueError, "commit: row %d has %d pending tokens, fewer than n = %d", (int)rows[b], (int)s->pending[rows[b]], (int)n[b]);
+    if (path && (size_t)n[b] > width) return PyErr_Format(PyExc_ValueError, "commit: path has %zu columns, fewer than n = %d", width, (int)n[b]);
+    for (int32_t i = 0; path && i < n[b]; i++) {
+      int32_t p = path[b * width + (size_t)i];
+      if (p < i || p >= s->pending[rows[b]] || (i && p <= path[b * width + (size_t)i - 1]))
+        return PyErr_Format(PyExc_ValueError, "commit: path[%zu,%d] is %d: a path rises through the %d pending tokens", b, (int)i, (int)p, (int)s->pending[rows[b]]);
+    }
+  }
+  for (size_t b = 0; b < B; b++) state_commit(s, (size_t)rows[b], (size_t)n[b], path ? path + b * width : NULL);
+  return finish(0);
+}
+
+static PyObject *state_reset_(PyObject *self, PyObject *rows_value) {
+  State *s = &((StateObject *)self)->s;
+  size_t B = PyArray_Check(rows_value) ? (size_t)PyArray_SIZE((PyArrayObject *)rows_value) : 0;
+  const int32_t *rows = ints(rows_value, "rows", B, 0, (long)s->slots - 1);
+  if (!rows) return NULL;
+  for (size_t b = 0; b < B; b++) state_reset(s, (size_t)rows[b]);
+  return finish(0);
+}
+
+static PyObject *state_copy_(PyObject *self, PyObject *args) {
+  State *s = &((StateObject *)self)->s;
+  Py_ssize_t to, from;
+  if (!PyArg_ParseTuple(args, "nn", &to, &from)) return NULL;
+  if (to < 0 || from < 0 || (size_t)to >= s->slots || (size_t)from >= s->slots)
+    return PyErr_Format(PyExc_ValueError, "copy: rows %zd and %zd must lie in 0 to %zu", to, from, s->slots - 1);
+  state_copy(s, (size_t)to, (size_t)from);
+  return finish(0);
+}
+
+/* dump() -> [bytes as uint8 arrays, a cache each], restore(list) */
+static PyObject *state_dump(PyObject *self, PyObject *none) {
+  (void)none;
+  State *s = &((StateObject *)self)->s;
+  PyObject *list = PyList_New(0);
+  for (size_t i = 0; list && i < s->layers * MOST_CACHES; i++) {
+    Cache *c = s->layer[0] + i;
+    if (!c->data) continue;
+    npy_intp n = (npy_intp)(s->slots * c->rows * c->row_bytes);
+    PyObject *array = PyArray_SimpleNew(1, &n, NPY_UINT8);
+    if (array) device_pull(PyArray_DATA((PyArrayObject *)array), c->data, (size_t)n);
+    if (!array || PyList_Append(list, array)) Py_CLEAR(list);
+    Py_XDECREF(array);
+  }
+  npy_intp n = (npy_intp)s->slots;
+  const int32_t *counters[] = {s->pos, s->pending, s->seen};
+  for (int k = 0; list && k < 3; k++) {
+    PyObject *array = PyArray_SimpleNew(1, &n, NPY_INT32);
+    if (array) memcpy(PyArray_DATA((PyArrayObject *)array), counters[k], s->slots * sizeof(int32_t));
+    if (!array || PyList_Append(list, array)) Py_CLEAR(list);
+    Py_XDECREF(array);
+  }
+  return list;
+}
+
+static PyObject *state_restore(PyObject *self, PyObject *list) {
+  State *s = &((StateObject *)self)->s;
+  size_t have = 0, i;
+  for (i = 0; i < s->layers * MOST_CACHES; i++) have += s->layer[0][i].data != NULL;
+  int good = PyList_Check(list) && (size_t)PyList_GET_SIZE(list) == have + 3;
+  const int32_t *counter[3] = {0};
+  for (int copying = 0; good && copying < 2; copying++) { /* everything is checked before anything moves */
+    size_t k = 0;
+    for (i = 0; i < s->layers * MOST_CACHES && good; i++) {
+      Cache *c = s->layer[0] + i;
+      if (!c->data) continue;
+      PyArrayObject *a = (PyArrayObject *)PyList_GET_ITEM(list, (Py_ssize_t)k++);
+      size_t bytes = s->slots * c->rows * c->row_bytes;
+      good = PyArray_Check(a) && PyArray_TYPE(a) == NPY_UINT8 && PyArray_ISCARRAY_RO(a) && (size_t)PyArray_SIZE(a) == bytes;
+      if (good && copying) device_push(c->data, PyArray_DATA(a), bytes);
+    }
+    for (int n = 0; n < 3 && good && !copying; n++) {
+      long high[] = {(long)s->capacity, PENDING, (long)s->capacity};
+      good = (counter[n] = ints(PyList_GET_ITEM(list, (Py_ssize_t)k++), "state", s->slots, 0, high[n])) != NULL;
+    }
+    for (i = 0; i < s->slots && good; i++) good = counter[2][i] <= counter[0][i] && counter[0][i] - counter[2][i] <= PENDING;
+  }
+  if (!good) {
+    PyErr_Clear();
+    return PyErr_Format(PyExc_ValueError, "the saved state does not fit: another model, batch or capacity, or a damaged file");
+  }
+  int32_t *to[] = {s->pos, s->pending, s->seen};
+  for (int n = 0; n < 3; n++) memcpy(to[n], counter[n], s->slots * sizeof(int32_t));
+  return finish(0);
+}
+
+static PyMethodDef state_methods[] = {{"commit", state_commit_, METH_VARARGS, "commit(rows, n, path or None)"},
+                                      {"reset", state_reset_, METH_O, "reset(rows)"},
+                                      {"copy", state_copy_, METH_VARARGS, "copy(dst, src)"},
+                                      {"dump", state_dump, METH_NOARGS, "dump() -> list of arrays"},
+                                      {"restore", state_restore, METH_O, "restore(list)"},
+                                      {0}};
+static PyGetSetDef state_getters[] = {{"pos", state_counter, NULL, "committed tokens a row (B,), a copy", NULL},
+                                      {"pending", state_counter, NULL, "tokens that wait for commit a row (B,), a copy", (void *)1},
+                                      {"batch", state_size, NULL, "rows", NULL},
+                                      {"capacity", state_size, NULL, "most tokens a row", (void *)1},
+                                      {0}};
+
+static PyType_Slot model_slots[] = {{Py_tp_new, model_new}, {Py_tp_dealloc, model_dealloc}, {Py_tp_methods, model_methods},
+                                    {Py_tp_doc, "Model(architecture, dtype): parameters, gradients and calls; mambainllama.Model wraps it."}, {0}};
+static PyType_Slot state_slots[] = {{Py_tp_new, state_new}, {Py_tp_dealloc, state_dealloc}, {Py_tp_methods, state_methods},
+                                    {Py_tp_getset, state_getters}, {Py_tp_doc, "State(model, batch, capacity): what decoding remembers."}, {0}};
+static PyType_Spec model_spec = {"mambainllama.CModel", sizeof(ModelObject), 0, Py_TPFLAGS_DEFAULT, model_slots};
+static PyType_Spec state_spec = {"mambainllama.CState", sizeof(StateObject), 0, Py_TPFLAGS_DEFAULT, state_slots};
+
+int add_types(PyObject *module) {
+  model_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &model_spec, NULL);
+  state_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &state_spec, NULL);
+  if (!model_type || !state_type) return -1;
+  return PyModule_AddObjectRef(module, "Model", (PyObject *)model_type) || PyModule_AddObjectRef(module, "State", (PyObject *)state_type) ? -1 : 0;
+}

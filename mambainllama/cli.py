@@ -1,0 +1,324 @@
+"""The command line: each command is a thin call of the package's own functions.
+
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv=None):
+    """Runs one command; -> the exit code."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except SystemExit as e:  # argparse: --help (0) or a wrong argument (2)
+        return e.code
+    except KeyboardInterrupt as e:
+        print("mambainllama: interrupted" + (f": {e}" if str(e) else ""), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        print("mambainllama: " + (" ".join(str(e).split()) or type(e).__name__), file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser():
+    top = _Parser(prog="mambainllama", description="Llama in, Mamba hybrid out: convert, distil, generate.",
+                  epilog="`mambainllama COMMAND --help` has examples of each.")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, help_, example):
+        p = commands.add_parser(name, help=help_, description=help_, epilog="examples:\n" + example,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.set_defaults(run=run)
+        p.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: cpu)")
+        return p
+
+    def dtype(p):
+        p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrices (default: as stored)")
+
+    p = command("demo", _demo, "Train a small teacher, convert, distil and measure it; write a report.", """\
+  mambainllama demo
+  mambainllama demo --out /tmp/demo --seed 1""")
+    p.add_argument("--out", default="demo", help="folder for models, metrics and the report (default: demo)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = command("convert", _convert, "Replace attention layers by Mamba mixers that start as the attention's own.", """\
+  mambainllama convert Llama-3.2-1B-Instruct hybrid --attention 0.5
+  mambainllama convert teacher hybrid --mamba-layers 0,2,4 --mixer mamba1 --init random""")
+    dtype(p)
+    p.add_argument("teacher", help="folder of the teacher")
+    p.add_argument("out", help="folder to write")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--attention", type=float, metavar="SHARE", help="share of layers to keep: 0.5, 0.25, 0.125 or 0")
+    which.add_argument("--mamba-layers", type=_numbers, metavar="I,J,...", help="the layers to replace, from 0")
+    p.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba2", help="(default: mamba2)")
+    p.add_argument("--init", choices=["attention", "random"], default="attention", help="(default: attention)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = command("distill", _distill, "Distil a teacher into a hybrid; started again with the same --out, it goes on.", """\
+  mambainllama distill teacher chats.jsonl --out run --recipe recipe.yaml
+  mambainllama distill teacher chats.jsonl --out run --student hybrid --set steps=2000 --set lr=3e-5
+  mambainllama distill teacher chats.jsonl --out run --set 'stages=[{"mamba_layers": [0, 2], "steps": 500}]'""")
+    p.add_argument("teacher", help="folder of the teacher")
+    p.add_argument("data", help="JSONL rows of messages or text")
+    p.add_argument("--student", help="folder made by `convert` (default: the teacher itself; the recipe's stages convert it)")
+    _training(p)
+    dtype(p)
+
+    p = command("train", _train, "Train with the plain next-token loss; started again with the same --out, it goes on.", """\
+  mambainllama train hybrid chats.jsonl --out run --set steps=1000
+  mambainllama train config.json text.jsonl --tokenizer Llama-3.2-1B --out run --recipe recipe.yaml""")
+    p.add_argument("model", help="folder, or a config.json: then from random weights")
+    p.add_argument("data", help="JSONL rows of messages or text")
+    p.add_argument("--tokenizer", metavar="FOLDER", help="for a config.json: the folder whose tokenizer the model takes")
+    _training(p)
+    dtype(p)
+
+    p = command("generate", _generate, "Continue prompts.", """\
+  mambainllama generate hybrid "The capital of France is"
+  mambainllama generate hybrid --chat "Why is the sky blue?" --max-new-tokens 256 --draft small-hybrid
+  mambainllama generate hybrid --file prompts.txt --json --temperature 0.8 --seed 1 > answers.jsonl
+  mambainllama generate tiny --ids "1 5 3" "2 2" """)
+    p.add_argument("model", help="folder")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="one or more; none: all of stdin is the prompt")
+    p.add_argument("--file", help="one prompt a line instead")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--chat", action="store_true", help="each prompt is a user's message, put through the chat template")
+    form.add_argument("--ids", action="store_true", help="each prompt is token ids: \"1 5 3\"")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end where this appears; may be repeated")
+    p.add_argument("--json", action="store_true", help="one JSON object a prompt: text, tokens, finish")
+    p.add_argument("--batch", type=int, help="prompts decoded side by side (default: 32)")
+    _sampling(p, 64, 0.0)
+    dtype(p)
+
+    p = command("chat", _chat, "Talk to a model; Ctrl-D or /quit ends, /new starts again.", """\
+  mambainllama chat hybrid
+  mambainllama chat hybrid --draft small-hybrid --lookahead 6 --system "Answer in one sentence." """)
+    p.add_argument("model", help="folder with a chat template")
+    p.add_argument("--system", help="system message")
+    _sampling(p, 512, 0.7)
+    dtype(p)
+
+    p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
+  mambainllama info hybrid
+  mambainllama info hybrid --json""")
+    p.add_argument("folder")
+    p.add_argument("--json", action="store_true", help="as one JSON object")
+    dtype(p)
+    return top
+
+
+def _training(p):
+    p.add_argument("--out", required=True, help="folder for checkpoints, metrics and the finished model")
+    p.add_argument("--recipe", metavar="FILE", help="YAML or JSON")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe; repeatable")
+
+
+def _sampling(p, max_new_tokens, temperature):
+    add = p.add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default: {max_new_tokens})")
+    add("--temperature", type=float, default=temperature, help=f"0: the likeliest token (default: {temperature})")
+    add("--top-k", type=int, default=0, help="the k likeliest tokens only (default: 0, all)")
+    add("--top-p", type=float, default=1.0, help="the smallest set of this probability only (default: 1)")
+    add("--min-p", type=float, default=0.0, help="tokens this likely beside the likeliest only (default: 0)")
+    add("--seed", type=int, default=0)
+    add("--draft", metavar="FOLDER", help="a smaller model of the same vocabulary that proposes tokens")
+    add("--lookahead", type=int, default=4, help="tokens that the draft proposes a round (default: 4)")
+
+
+def _numbers(text):
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers such as 0,2,4") from None
+
+
+def _load(folder, args):
+    import mambainllama as mil
+    return mil.load(folder, device=args.device, dtype=getattr(args, "dtype", None))
+
+
+def _options(args):
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "lookahead")
+    options = {name: getattr(args, name) for name in names}
+    return options | {"draft": _load(args.draft, args) if args.draft else None}
+
+
+def _note(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+def _demo(args):
+    from . import demo
+    demo.demo(out=args.out, device=args.device, seed=args.seed)
+
+
+def _convert(args):
+    import mambainllama as mil
+    teacher = _load(args.teacher, args)
+    chosen = {"attention": args.attention} if args.mamba_layers is None else {"mamba_layers": args.mamba_layers}
+    student = mil.convert(teacher, mixer=args.mixer, init=args.init, seed=args.seed, **chosen)
+    mil.save(student, args.out)
+    _note(f"{args.out}: {_kinds(student)}")
+
+
+def _recipe(args):
+    """The recipe file with --set's keys over it; the called function checks it."""
+    from .recipe import read_recipe
+    recipe = read_recipe(args.recipe) if args.recipe else {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{args.recipe}: a recipe is a mapping of keys to values")
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item}: expected KEY=VALUE")
+        recipe[key] = _value(value)
+    return recipe
+
+
+def _value(text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _distill(args):
+    import mambainllama as mil
+    recipe = _recipe(args)
+    teacher = _load(args.teacher, args)
+    student = _load(args.student, args) if args.student else mil.convert(teacher, mamba_layers=[])
+    _report(mil.distill(student, teacher, args.data, recipe, out=args.out), student)
+
+
+def _train(args):
+    import mambainllama as mil
+    recipe = _recipe(args)
+    if args.model.endswith(".json"):
+        config = json.loads(Path(args.model).read_text())
+        model = mil.random(config, seed=recipe.get("seed", 0), device=args.device, dtype=args.dtype)
+        model.tokenizer = mil.Tokenizer(args.tokenizer) if args.tokenizer else None
+    else:
+        model = _load(args.model, args)
+    _report(mil.train(model, args.data, recipe, out=args.out), model)
+
+
+def _report(report, model):
+    _note(f"{report['model']}: {_kinds(model)}, loss {report['loss']:.4f} after {report['steps']} steps")
+
+
+def _generate(args):
+    import mambainllama as mil
+    if args.file and args.prompts:
+        raise ValueError("give prompts as arguments or in --file, not both")
+    prompts = args.prompts or (Path(args.file).read_text().splitlines() if args.file else [sys.stdin.read().rstrip("\n")])
+    if args.chat:
+        prompts = [[{"role": "user", "content": p}] for p in prompts]
+    elif args.ids:
+        prompts = [_ids(p) for p in prompts]
+    model = _load(args.model, args)
+    live = len(prompts) == 1 and not args.json and model.tokenizer is not None
+    out = mil.generate(model, prompts, stop=args.stop, batch=args.batch, callback=_stream if live else None, **_options(args))
+    for i, row in enumerate(out):
+        if args.json:
+            print(json.dumps({"text": row.text, "tokens": row.tokens, "finish": row.finish}, ensure_ascii=False))
+        elif live:
+            print()
+        else:
+            head = f"--- {i} ({row.finish})\n" if len(out) > 1 else ""
+            print(head + (row.text if model.tokenizer else " ".join(map(str, row.tokens))))
+    _note(_speed(out.stats))
+
+
+def _ids(text):
+    try:
+        return [int(t) for t in text.split()]
+    except ValueError:
+        raise ValueError(f"--ids: {text!r} is no list of token ids such as \"1 5 3\"") from None
+
+
+def _stream(index, token, text):
+    print(text, end="", flush=True)
+
+
+def _speed(stats):
+    line = f"{stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s"
+    if stats["drafted"]:
+        line += f", {stats['acceptance']:.0%} of drafts accepted, {stats['tokens_per_verify']:.2f} tokens per verify"
+    return line
+
+
+def _chat(args):
+    import mambainllama as mil
+    model = _load(args.model, args)
+    if model.tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer, so there is no way to chat with it")
+    options = _options(args)
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    talk = list(start)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return print()
+        if said == "/quit":
+            return
+        if said == "/new":
+            talk = list(start)
+        elif said:
+            talk.append({"role": "user", "content": said})
+            out = mil.generate(model, talk, callback=_stream, **options)
+            print()
+            _note(f"[{_speed(out.stats)}]")
+            talk.append({"role": "assistant", "content": out[0].text})
+            options["seed"] += 1
+
+
+def _kinds(model):
+    kinds = model.layer_kinds
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) + f" of {len(kinds)} layers"
+
+
+def _info(args):
+    from .info import describe
+    found = describe(args.folder)
+    if args.json:
+        return print(json.dumps(found))
+    layers = "; ".join(f"{len(numbers)} {kind} ({', '.join(map(str, numbers))})" for kind, numbers in found["layers"].items())
+    stops = ", ".join(map(str, found["stop_tokens"])) or "none"
+    lines = {
+        "architecture": f"{found['architecture']}, {sum(map(len, found['layers'].values()))} layers: {layers}",
+        "parameters": f"{found['parameters']:,}",
+        "weights": ", ".join(f"{_bytes(n)} of {dtype}" for dtype, n in found["bytes"].items()),
+        "decoding": f"{_bytes(found['kv_bytes_per_token'])} of K/V a token"
+                    + (f" (windows of {found['window']} tokens)" if found["window"] else "")
+                    + f", {_bytes(found['state_bytes_per_sequence'])} of state a sequence (float32)",
+        "vocabulary": f"{found['vocab_size']:,} tokens, stop tokens: {stops}",
+        "tokenizer": {None: "none: prompts are token ids", False: "yes, without a chat template", True: "yes, with a chat template"}[
+            found["chat_template"]],
+    }
+    for name, value in lines.items():
+        print(f"{name:13} {value}")
+    for name, size in found["files"].items():
+        print(f"{'':13} {size:>15,} {name}")
+
+
+def _bytes(n):
+    for unit in ("bytes", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"

@@ -1,0 +1,67 @@
+"""Attention layers become Mamba mixers: which ones, and the copy of a teacher that shares everything it has not changed."""
+import copy
+
+import numpy as np
+
+FRACTIONS = (0.5, 0.25, 0.125, 0)
+
+
+def kept_attention(layers, fraction):
+    """The attention layers that stay when `fraction` of `layers` do: n = round(fraction·layers), floor((i+1)·layers/n) - 1."""
+    n = round(fraction * layers)
+    return [(i + 1) * layers // n - 1 for i in range(n)]
+
+
+def _layers(values, total):
+    layers = [values] if isinstance(values, (int, np.integer)) else list(values)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or not 0 <= layer < total:
+            raise ValueError(f"mamba_layers holds {layer!r}, expected layer numbers from 0 to {total - 1}")
+    if len(set(layers)) != len(layers):
+        raise ValueError("mamba_layers names a layer twice")
+    return sorted(int(layer) for layer in layers)
+
+
+def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
+    """Changes `student` in place: each of `layers`, attention now, becomes `mixer` ("mamba1" | "mamba2").
+
+    init "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "random": all of the mixer fresh. The same
+    seed gives the same bits. Norms and MLP stay. ValueError: not an attention layer, unknown mixer or init, Mamba-1 where
+    head_dim does not divide into blocks of 16.
+    """
+    if mixer not in ("mamba1", "mamba2"):
+        raise ValueError(f"mixer is {mixer!r}, expected 'mamba1' or 'mamba2'")
+    if init not in ("attention", "random"):
+        raise ValueError(f"init is {init!r}, expected 'attention' or 'random'")
+    layers = _layers(layers, len(student.layer_kinds))
+    for layer in layers:
+        if student.layer_kinds[layer] != "attention":
+            raise ValueError(f"layer {layer} is {student.layer_kinds[layer]} already, expected attention")
+    heads = student.config["num_attention_heads"]
+    head_dim = student.config.get("head_dim") or student.config["hidden_size"] // heads
+    kv_heads = student.config.get("num_key_value_heads") or heads
+    if mixer == "mamba1" and layers and kv_heads * head_dim % 16:
+        raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {kv_heads * head_dim} must be a multiple of 16")
+    for layer in layers:
+        student.c.convert(layer, mixer, init == "attention", int(seed) & (2**64 - 1))
+    student._names = None
+
+
+def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None):
+    """A student: `teacher` with some attention layers replaced; what is not replaced is shared until one of the two changes it.
+
+    mamba_layers: the layers to replace, or attention=0.5 | 0.25 | 0.125 | 0: the share of layers that keep attention, placed
+    as in the paper (kept_attention). Other arguments and errors as convert_layers.
+    """
+    kinds = teacher.layer_kinds
+    if (mamba_layers is None) == (attention is None):
+        raise ValueError("give either mamba_layers or attention")
+    if attention is not None:
+        if isinstance(attention, bool) or not isinstance(attention, (int, float)) or not 0 <= attention <= 1:
+            raise ValueError(f"attention is {attention!r}, expected a share of the layers such as {', '.join(map(str, FRACTIONS))}")
+        kept = kept_attention(len(kinds), attention)
+        mamba_layers = [layer for layer in range(len(kinds)) if layer not in kept and kinds[layer] == "attention"]
+    student = copy.copy(teacher)
+    student.c = teacher.c.clone()
+    convert_layers(student, mamba_layers, mixer, init, seed)
+    return student

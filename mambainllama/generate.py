@@ -1,0 +1,341 @@
+"""Text from a model: batches of prompts of any lengths, greedy or sampled, plain or with a draft model.
+
+There is one loop. A round proposes K tokens for every live row with the draft model, runs the model over the row's last
+token and these K in one call, accepts the first n of them and draws one more (Leviathan et al. 2023; for Mamba models the
+multi-step scheme of arXiv 2408.15237, section 4). Plain decoding is the round with K = 0.
+
+Nothing is undone when a proposal is rejected: the calls of a round leave their tokens pending in the State, `commit` accepts
+the first n + 1 of them, and the next call drops the rest.
+
+A call of few tokens gives a row the same bits whatever runs beside it, every prompt is prefilled in calls of its own, and a
+uniform is a function of (seed, prompt index, position, use). So a row depends on nothing but its own prompt and index, and
+greedy output is the same with and without a draft.
+"""
+from collections import deque
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from . import ops
+from .model import State
+from .tokenizer import stop_tokens as folder_stop_tokens
+
+CHUNK = 2048  # tokens of one prefill call
+MAX_LOOKAHEAD = 15  # last token + lookahead <= 16 tokens, the calls in which a row's bits are its own (FEW in ops.h)
+ROWS = 32  # rows decoded side by side unless `batch` says otherwise
+SAMPLE, PROPOSE, ACCEPT = 0, 1, 2  # what a uniform is used for
+
+
+@dataclass
+class Completion:
+    """What one prompt became.
+
+    text      the new text, up to a stop string; "" where the model has no tokenizer
+    tokens    the new token ids; a stop token is not among them, the tokens that spell a stop string are
+    finish    "stop" (a stop token or a stop string) | "length" (max_new_tokens)
+    logprobs  None, or a dict for each of `tokens`: {id: log probability} of the chosen token and the k likeliest, by the
+              model itself (before temperature and the filters)
+    """
+    text: str = ""
+    tokens: list = field(default_factory=list)
+    finish: str = "length"
+    logprobs: list | None = None
+
+
+class Output(list):
+    """A list of Completion, one a prompt; `stats` is a dict:
+
+    seconds                    of the whole call
+    prompt_tokens, prefill_tokens_per_second, prefill_seconds
+    new_tokens, tokens_per_second, decode_seconds
+    rounds                     calls of the model after the prefill
+    drafted, accepted          tokens proposed by the draft model, and how many the model agreed to (0 without a draft)
+    acceptance                 accepted / drafted
+    tokens_per_verify          tokens that a row gains from one call of the model, on average: 1 without a draft
+    """
+
+    def __init__(self, rows, stats):
+        super().__init__(rows)
+        self.stats = stats
+
+
+def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=None,
+             stop_tokens=None, draft=None, lookahead=4, callback=None, logprobs=None, batch=None):
+    """Continue each prompt; -> Output, a list of Completion with `.stats`, in the order of the prompts.
+
+    prompts         str | chat (a list of {"role", "content"}) | a list of token ids, or a list of these. One prompt alone
+                    gives a list of one.
+    max_new_tokens, temperature, top_k, top_p, min_p
+                    one value, or one a prompt. temperature 0: the likeliest token. Filters in the order of ops.h: top_k
+                    likeliest (0: all), the smallest set of mass top_p, those of at least min_p times the largest.
+    seed            of the uniforms; a sampled row depends on it, on its prompt and on its place in `prompts`, not on the others
+    stop            a string or a list of them: generation ends where one has appeared, `.text` ends before it
+    stop_tokens     ids that end a row; None: those that the model's folder names, []: none
+    draft           a model of the same vocabulary and any kind of layers that proposes `lookahead` (0 to 15) tokens a round
+    callback        called as callback(index, token, text) for each of a row's tokens, `text` being what became certain with
+                    it ("" or whole characters, never part of a stop string), and once as callback(index, None, rest) when
+                    the row is finished. The texts of a row join to its `.text`.
+    logprobs        k: also the log probabilities of each token and of the k likeliest
+    batch           rows decoded side by side (None: at most 32); as one finishes the next prompt takes its place. The
+                    outcome does not depend on it. Memory is batch * (longest prompt + max_new_tokens) of K/V.
+
+    ValueError, in one sentence: an empty prompt, an id outside the vocabulary, text for a model without a tokenizer, a value
+    out of range or not one a prompt, a draft of another vocabulary."""
+    began = perf_counter()
+    prompts = encode_prompts(model, prompts)
+    n = len(prompts)
+    limit = _each("max_new_tokens", max_new_tokens, n, np.int32, lambda v: v >= 0, "0 or more")
+    choose = {
+        "temperature": _each("temperature", temperature, n, np.float32, lambda v: (v >= 0) & np.isfinite(v), "0 or more"),
+        "top_k": _each("top_k", top_k, n, np.int32, lambda v: v >= 0, "0 (all) or more"),
+        "top_p": _each("top_p", top_p, n, np.float32, lambda v: (v > 0) & (v <= 1), "in (0, 1]"),
+        "min_p": _each("min_p", min_p, n, np.float32, lambda v: (v >= 0) & (v <= 1), "in [0, 1]"),
+    }
+    stops = _stop_strings(model, stop)
+    ends = _stop_ids(model, stop_tokens)
+    lookahead = _lookahead(model, draft, lookahead)
+    if logprobs is not None and not 0 <= logprobs <= model.config["vocab_size"]:
+        raise ValueError(f"generate: logprobs must be 0 to {model.config['vocab_size']} tokens, not {logprobs}")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 1 << 53:
+        raise ValueError(f"generate: seed must be an integer from 0 to 2**53 - 1, not {seed!r}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"generate: batch is {batch}, but at least one row must run")
+
+    rows = [_Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback) for i, ids in enumerate(prompts)]
+    waiting = deque(row for row in rows if not row.finished)
+    models = [model, draft] if lookahead else [model]
+    slots = min(len(waiting), batch or ROWS)
+    room = max((len(row.ids) + row.limit for row in waiting), default=0) + lookahead + 1
+    states = [State(m, slots, room) for m in models] if slots else []
+    seats = [None] * slots  # the row in each slot of the States
+    stats = dict.fromkeys(("prefill_seconds", "rounds", "drafted", "accepted", "verified", "decided"), 0)
+    while waiting or any(seats):
+        start = perf_counter()
+        for slot in range(slots):
+            if seats[slot] is None and waiting:
+                seats[slot] = waiting.popleft()
+                for m, state in zip(models, states):
+                    _prefill(m, state, slot, seats[slot].ids[:-1])
+        stats["prefill_seconds"] += perf_counter() - start
+        live = np.array([slot for slot in range(slots) if seats[slot]], np.int32)
+        gains = _round(models, states, live, [seats[slot] for slot in live], choose, lookahead, seed, stats)
+        for slot, (tokens, logits) in zip(live, gains):
+            for token, row_logits in zip(tokens, logits):
+                stats["decided"] += 1
+                if seats[slot].push(int(token), row_logits):
+                    seats[slot] = None
+                    break
+    return Output([row.out for row in rows], _summary(stats, rows, prompts, perf_counter() - began))
+
+
+def _prefill(model, state, slot, ids):
+    """Puts `ids` into an empty slot in calls of its own, so that its bits are a function of `ids` alone."""
+    state.reset([slot])
+    for start in range(0, len(ids), CHUNK):
+        part = np.array([ids[start:start + CHUNK]], np.int32)
+        model.logits(part, state, slot=np.array([slot], np.int32), last=0)
+
+
+def _round(models, states, slots, rows, choose, lookahead, seed, stats):
+    """One round for `rows` in `slots`: -> for each row its new tokens (accepted proposals and one more) and their logits.
+
+    The model's State stands before the row's last token, the draft's at most one token before that."""
+    index = np.array([row.index for row in rows], np.int32)
+    at = np.array([len(row.ids) for row in rows], np.int32)  # where the first token of the round will stand
+    count = np.array([min(lookahead, row.room - 1) for row in rows], np.int32)
+    K = int(count.max())
+    choose = {name: values[index] for name, values in choose.items()}
+    B, device = len(rows), models[0].device
+
+    def uniforms(use, n):  # (B,n) for positions at .. at+n-1
+        position = (at[:, None] + np.arange(n, dtype=np.int32)).ravel()
+        u = ops.uniform(np.repeat(index, n), position, np.full(B * n, use, np.int32), seed=seed, device=device)
+        return u.reshape(B, n)
+
+    ids = np.empty((B, K + 1), np.int32)
+    ids[:, 0] = [row.ids[-1] for row in rows]
+    proposed = np.empty((B, K, models[0].config["vocab_size"]), np.float32)
+    u = uniforms(PROPOSE, K)
+    for k in range(K):
+        proposed[:, k] = _draft_logits(models[1], states[1], slots, rows, ids[:, k:k + 1], k)
+        ids[:, k + 1] = ops.sample(proposed[:, k].copy(), **choose, u=u[:, k].copy(), device=models[1].device)
+    logits = models[0].logits(ids, states[0], keep=0, slot=slots)
+    accepted, token = ops.verify(logits, ids[:, 1:].copy(), proposed, count, **choose, u_accept=uniforms(ACCEPT, K),
+                                 u_sample=uniforms(SAMPLE, K + 1), device=device)
+    states[0].commit(accepted + 1, rows=slots)
+    if K > 1:  # the draft has read all proposals but the last
+        states[1].commit(np.minimum(accepted, K - 1), rows=slots)
+    stats["rounds"] += 1
+    stats["verified"] += B
+    stats["drafted"] += int(count.sum())
+    stats["accepted"] += int(accepted.sum())
+    return [([*ids[b, 1:n + 1], token[b]], logits[b]) for b, n in enumerate(accepted)]
+
+
+def _draft_logits(draft, state, slots, rows, last, k):
+    """The draft's logits (B,V) for proposal k. The first call commits the tokens that it has not read yet (two after a round in
+    which all was accepted, else one); the others leave proposals pending, one behind the other."""
+    if k:
+        return draft.logits(last.copy(), state, keep=0, slot=slots, extend=k > 1)[:, 0]
+    pos = state.pos[slots]
+    unread = [row.ids[p:] for row, p in zip(rows, pos)]
+    keep = np.array([len(ids) for ids in unread], np.int32)
+    ids = np.zeros((len(rows), keep.max()), np.int32)
+    for b, tokens in enumerate(unread):
+        ids[b, :len(tokens)] = tokens
+    return draft.logits(ids, state, keep=keep, slot=slots, last=1)[:, 0]
+
+
+class _Row:
+    """One prompt on its way: its tokens so far, and the text that is certain."""
+
+    def __init__(self, index, ids, limit, tokenizer, stops, ends, logprobs, callback):
+        self.index, self.ids, self.limit, self.stops, self.ends, self.callback = index, list(ids), limit, stops, ends, callback
+        self.prompt = len(ids)
+        self.out = Completion(logprobs=None if logprobs is None else [])
+        self.likeliest = logprobs
+        self.stream = tokenizer.stream() if tokenizer else None
+        self.held = ""  # text that may turn out to begin a stop string
+        self.finished = False
+        if limit == 0:
+            self._finish("length")
+
+    @property
+    def room(self):
+        return self.limit - len(self.out.tokens)
+
+    def push(self, token, logits):
+        """Takes the next token and the logits (V) it was drawn from; -> whether the row is finished."""
+        if token in self.ends:
+            return self._finish("stop")
+        self.ids.append(token)
+        self.out.tokens.append(token)
+        if self.likeliest is not None:
+            self.out.logprobs.append(log_probabilities(logits, token, self.likeliest))
+        self.held += self.stream.push(token) if self.stream else ""
+        found = [(self.held.index(s) + len(s), self.held.index(s)) for s in self.stops if s in self.held]
+        if found:  # the one that is complete first
+            self._emit(token, min(found)[1])
+            self.held, self.stream = "", None
+            return self._finish("stop")
+        self._emit(token, len(self.held) - _overlap(self.held, self.stops))
+        return self._finish("length") if self.room == 0 else False
+
+    def _emit(self, token, n):
+        """The first n characters of what is held are certain."""
+        text, self.held = self.held[:n], self.held[n:]
+        self.out.text += text
+        if self.callback:
+            self.callback(self.index, token, text)
+
+    def _finish(self, why):
+        self.held += self.stream.flush() if self.stream else ""
+        self._emit(None, len(self.held))
+        self.out.finish, self.finished = why, True
+        return True
+
+
+def _overlap(text, stops):
+    """The length of the longest end of `text` that begins one of `stops`."""
+    return max((n for s in stops for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
+
+
+def log_probabilities(logits, token, k):
+    """{id: log softmax(logits)[id]} of `token` and the k likeliest (lower id first among equals), likeliest first.
+    logits (V) float."""
+    z = logits.astype(np.float64) - logits.max()
+    z -= np.log(np.exp(z).sum())
+    top = np.argsort(-z, kind="stable")[:k]
+    ids = [int(i) for i in top] + ([] if token in top else [token])
+    return {i: float(z[i]) for i in ids}
+
+
+def encode_prompts(model, prompts):
+    """One prompt (str | chat | token ids) or a list of these -> a list of lists of token ids."""
+    if _is_prompt(prompts):
+        prompts = [prompts]
+    elif not isinstance(prompts, (list, tuple, np.ndarray)):
+        raise ValueError(f"generate: prompts must be text, a chat, token ids or a list of these, not {type(prompts).__name__}")
+    return [_encode(model, prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def _is_prompt(p):
+    many = isinstance(p, (list, tuple, np.ndarray)) and len(p) > 0
+    return isinstance(p, str) or many and isinstance(p[0], (dict, int, np.integer))
+
+
+def _encode(model, prompt, i):
+    if isinstance(prompt, (list, tuple, np.ndarray)) and not len(prompt):
+        raise ValueError(f"generate: prompt {i} is empty: there is nothing to continue")
+    if not _is_prompt(prompt):
+        raise ValueError(f"generate: prompt {i} must be text, a chat or token ids, not {type(prompt).__name__}")
+    if isinstance(prompt, str) or isinstance(prompt[0], dict):
+        if model.tokenizer is None:
+            raise ValueError(f"generate: prompt {i} is text, but the model has no tokenizer: give token ids")
+        encode = model.tokenizer.encode if isinstance(prompt, str) else model.tokenizer.encode_chat
+        ids = list(encode(prompt))
+        if not ids:
+            raise ValueError(f"generate: prompt {i} has no tokens: there is nothing to continue")
+        return ids
+    V = model.config["vocab_size"]
+    for t in prompt:
+        if not isinstance(t, (int, np.integer)) or not 0 <= t < V:
+            raise ValueError(f"generate: prompt {i} holds {t!r}, which is no id of a vocabulary of {V}")
+    return [int(t) for t in prompt]
+
+
+def _each(name, value, n, dtype, valid, range_):
+    """One value or one a prompt -> (n) array."""
+    try:
+        values = np.asarray(value)
+        exact = values.astype(dtype)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"generate: {name} must be a number or one a prompt, not {value!r}") from None
+    if values.ndim > 1 or values.ndim == 1 and len(values) != n:
+        raise ValueError(f"generate: {name} must be one value or one a prompt ({n}), but it has shape {values.shape}")
+    if dtype == np.int32 and (exact != values).any() or not valid(exact).all():
+        raise ValueError(f"generate: {name} must be {range_}, not {value!r}")
+    return np.ascontiguousarray(np.broadcast_to(exact, n))
+
+
+def _stop_strings(model, stop):
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"generate: stop must be a non-empty string or a list of these, not {stop!r}")
+    if stops and model.tokenizer is None:
+        raise ValueError("generate: stop strings need a tokenizer, and the model has none: use stop_tokens")
+    return stops
+
+
+def _stop_ids(model, stop_tokens):
+    if stop_tokens is None:
+        return frozenset(folder_stop_tokens(model.folder)) if model.folder else frozenset()
+    ids = [stop_tokens] if isinstance(stop_tokens, (int, np.integer)) else list(stop_tokens)
+    if not all(isinstance(t, (int, np.integer)) for t in ids):
+        raise ValueError(f"generate: stop_tokens must be token ids, not {stop_tokens!r}")
+    return frozenset(int(t) for t in ids)
+
+
+def _lookahead(model, draft, lookahead):
+    if not isinstance(lookahead, (int, np.integer)) or not 0 <= lookahead <= MAX_LOOKAHEAD:
+        raise ValueError(f"generate: lookahead must be 0 to {MAX_LOOKAHEAD} tokens, not {lookahead!r}")
+    if draft is None:
+        return 0
+    ours, theirs = model.config["vocab_size"], draft.config["vocab_size"]
+    if ours != theirs:
+        raise ValueError(f"generate: the draft model has a vocabulary of {theirs} tokens, the model one of {ours}")
+    return int(lookahead)
+
+
+def _summary(stats, rows, prompts, seconds):
+    new, prompt = sum(len(row.out.tokens) for row in rows), sum(map(len, prompts))
+    prefill = stats["prefill_seconds"]
+    rate = lambda n, s: n / s if s else 0.0
+    return {
+        "seconds": seconds, "prompt_tokens": prompt, "prefill_seconds": prefill,
+        "prefill_tokens_per_second": rate(prompt, prefill), "new_tokens": new, "decode_seconds": seconds - prefill,
+        "tokens_per_second": rate(new, seconds - prefill), "rounds": stats["rounds"], "drafted": stats["drafted"],
+        "accepted": stats["accepted"], "acceptance": rate(stats["accepted"], stats["drafted"]),
+        "tokens_per_verify": rate(stats["decided"], stats["verified"]),
+    }

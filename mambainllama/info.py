@@ -1,0 +1,54 @@
+"""What a model folder holds, from its files alone: nothing is computed and no weights are read."""
+import os
+from math import prod
+
+from .checkpoint import open_weights, training_names
+from .config import architecture, read_folder
+from .tokenizer import Tokenizer, stop_tokens
+
+
+def describe(folder):
+    """A dict of plain values, as `mambainllama info --json` prints it:
+
+    architecture              config.json's model_type
+    layers                    {"attention" | "mamba1" | "mamba2": layer numbers}
+    parameters                how many numbers the weights hold, a tied lm_head once
+    bytes                     {"F32" | "BF16" | "F16": bytes of the tensors stored so}
+    kv_bytes_per_token        K and V rows of all attention layers, float32
+    window                    None, or the tokens that a layer keeps K and V of where that is bounded
+    state_bytes_per_sequence  SSM states and conv windows of all Mamba layers, float32, whatever the length
+    vocab_size, stop_tokens
+    chat_template             None: no tokenizer; else whether it has a template
+    files                     {name: bytes}
+
+    ValueError in one sentence for what `load` refuses too: no such folder, another architecture, tensors that do not fit."""
+    config, mamba = read_folder(folder)
+    weights = open_weights(folder)
+    mixer = "mamba2" if mamba is not None and any(name.endswith(".mamba.dt_bias") for name in weights) else None
+    arch = architecture(config, mamba, mixer)
+    tensors = training_names(weights, arch)
+    tokenizer = Tokenizer.from_folder(folder)
+    stored, layers = {}, {}
+    for name, array in tensors.items():
+        stored[tensors.dtype(name)] = stored.get(tensors.dtype(name), 0) + array.nbytes
+    for i, kind in enumerate(arch["kinds"]):
+        layers.setdefault(kind, []).append(i)
+    return {
+        "architecture": config.get("model_type", config.get("architectures")), "layers": layers,
+        "parameters": sum(prod(array.shape) for array in tensors.values()), "bytes": stored, **memory(arch),
+        "vocab_size": arch["vocab"], "stop_tokens": stop_tokens(folder),
+        "chat_template": tokenizer and tokenizer._template is not None,
+        "files": {entry.name: entry.stat().st_size for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_file()},
+    }
+
+
+def memory(arch, real=4):
+    """What decoding keeps of one sequence: {"kv_bytes_per_token", "window", "state_bytes_per_sequence"}.
+    arch: config.architecture's dict; real: bytes of an activation, 4 on the CPU. SSM states are float32 everywhere."""
+    D, P, E = arch["inner"], arch["head_dim"], arch["kv_heads"] * arch["head_dim"]
+    before = arch["conv"] - 1  # inputs that the conv looks back at
+    state = {"attention": 0, "mamba1": 4 * D * 16 + real * before * E, "mamba2": 4 * D * P + real * before * (D + 2 * E)}
+    return {
+        "kv_bytes_per_token": 2 * E * real * arch["kinds"].count("attention"), "window": max(arch["window"]) or None,
+        "state_bytes_per_sequence": sum(state[kind] for kind in arch["kinds"]),
+    }

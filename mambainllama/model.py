@@ -1,0 +1,243 @@
+"""Model and State: thin faces of the C types. Everything that computes is below them; here arrays are prepared and named."""
+import fnmatch
+
+import numpy as np
+
+from . import backend
+from .config import architecture, is_dynamic, mamba_config, rope
+
+KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0}
+
+
+def _int32(values, name):
+    array = np.asarray(values)
+    if array.dtype.kind not in "iub" and array.size:
+        raise ValueError(f"argument {name!r} must hold integers, got {array.dtype}")
+    if array.size and (array.max() > 2**31 - 1 or array.min() < -2**31):
+        raise ValueError(f"argument {name!r} must fit int32")
+    return np.ascontiguousarray(array, np.int32)
+
+
+def _rows(value, name, count):
+    """None, or an int32 array with one entry a row; a plain integer is meant for every row."""
+    return None if value is None else np.ascontiguousarray(np.broadcast_to(_int32(value, name), (count,)))
+
+
+class Model:
+    """A decoder whose layers are attention, Mamba-1 or Mamba-2 mixers.
+
+    config: config.json's dict.  mamba: mamba_config.json's dict, None for a Transformer.
+    dtype: "float32" | "bfloat16" of the matrices; everything else is float32.
+    Made by load, random and convert; parameters are zero until set.  Raises ValueError for what config.py refuses.
+    """
+
+    def __init__(self, config, mamba=None, device="cpu", dtype="float32"):
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
+        self.config, self.device, self.dtype = dict(config), device, dtype
+        self._mamba_config = mamba and dict(mamba)
+        self.module = backend.module(device, dtype)
+        self.c = self.module.Model(architecture(config, mamba), dtype)
+        self.folder = self.tokenizer = None
+        self._names = None
+        self._rope_length = None
+
+    # -- what it is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_kinds(self):
+        """["attention", "mamba2", …], one a layer."""
+        return self.c.kinds()
+
+    @property
+    def mamba_config(self):
+        """mamba_config.json's dict for the layers as they are now; None when all are attention."""
+        kinds = self.layer_kinds
+        if all(kind == "attention" for kind in kinds):
+            return None
+        return mamba_config(self.config, kinds, self._mamba_config)
+
+    @property
+    def names(self):
+        """{checkpoint name (training spelling): shape}."""
+        if self._names is None:
+            self._names = self.c.names()
+        return dict(self._names)
+
+    def get(self, name):
+        """The parameter as a float32 array in the checkpoint's shape, a copy."""
+        return self.c.get(name)
+
+    def raw(self, name):
+        """The parameter as stored: float32, or uint16 holding the bits of bf16."""
+        return self.c.raw(name)
+
+    def set(self, name, array):
+        """Writes a parameter: float32 (rounded to bf16 where that is how it is stored) or uint16 (the bits of bf16)."""
+        array = np.asarray(array)
+        if array.dtype == np.float64 or array.dtype == np.float16:
+            array = array.astype(np.float32)
+        self.c.set(name, np.ascontiguousarray(array) if array.ndim else array)
+
+    # -- gradients and the optimiser ------------------------------------------------------------------------------------------
+
+    def trainable(self, patterns=("*",)):
+        """Which parameters get gradients, by fnmatch patterns over names; returns their names. ValueError if a pattern fits none."""
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        names = self.names
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"the pattern {pattern!r} fits no parameter name (such as {next(iter(names))!r})")
+        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        keep = set(chosen)
+        for name in names:
+            self.c.set_trainable(name, name in keep)
+        return chosen
+
+    def grad(self, name):
+        """The gradient that backward calls have added up, float32. ValueError when frozen or before any backward."""
+        return self.c.grad(name)
+
+    def zero_grad(self):
+        self.c.zero_grad()
+
+    def grad_norm(self):
+        """The norm of all gradients together."""
+        return self.c.grad_norm()
+
+    def step(self, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0, step=1):
+        """One AdamW step on every trainable parameter; gradients are multiplied by `scale` first; `step` counts from 1."""
+        self.c.step(lr, betas[0], betas[1], eps, weight_decay, scale, step)
+
+    def moments(self):
+        """{name: (m, v, master weights or None)} of the parameters that have taken a step."""
+        found = {name: self.c.moments(name) for name in self.names}
+        return {name: values for name, values in found.items() if values}
+
+    def set_moments(self, name, m, v, master=None):
+        self.c.set_moments(name, m, v, master)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------------------
+
+    def _set_rope(self, length):
+        """Dynamic RoPE depends on how long the sequence is; every other type is set once."""
+        if is_dynamic(self.config, self._mamba_config) and length != self._rope_length:
+            self.c.set_rope(*rope(self.config, length, self._mamba_config))
+            self._rope_length = length
+
+    def logits(self, ids, state=None, keep=None, slot=None, prev=None, last=None, extend=False):
+        """Logits of `ids` (B,T): float32 (B,T,V), or (B,last,V) of the last `last` kept tokens.
+
+        state: what came before, a State; slot (B): its rows (default 0 … B-1).  keep (B) or int: how many of the tokens are
+        committed (default all); the rest stay pending for State.commit.  extend: the tokens follow the pending ones, which
+        otherwise are dropped.  prev (B,T): the token before t: t-1, -1 the incoming state, -2 nothing.
+        ValueError, state untouched: ids out of range, capacity exceeded, a slot twice, another model's state, a bad prev.
+        """
+        ids = _int32(ids, "ids")
+        if ids.ndim != 2:
+            raise ValueError(f"argument 'ids' must have shape (batch, tokens), got {ids.shape}")
+        batch, length = ids.shape
+        keep, slot = _rows(keep, "keep", batch), _rows(slot, "slot", batch)
+        if extend and keep is None:
+            keep = np.zeros(batch, np.int32)
+        prev = None if prev is None else np.ascontiguousarray(np.broadcast_to(_int32(prev, "prev"), ids.shape))
+        if state is not None and not isinstance(state, State):
+            raise ValueError(f"argument 'state' must be a State, got {type(state).__name__}")
+        if last is not None and (not isinstance(last, (int, np.integer)) or not 0 <= last <= length):
+            raise ValueError(f"argument 'last' must be an integer from 0 to {length}, got {last!r}")
+        self._set_rope(length + (int(state.pos.max()) if state else 0))
+        return self.c.logits(ids, state.c if state else None, keep, slot, prev, -1 if last is None else int(last), extend)
+
+    def loss(self, ids, targets, teacher=None, ce=1.0, kl=0.0, temperature=1.0, kind="forward", prev=None, backward=False,
+             recompute=False):
+        """ce · cross-entropy + kl · KL to `teacher`, means over the positions with a target; backward=True adds to the gradients.
+
+        ids, targets (B,T): targets[b,t] is what position t must predict, -100 = no loss.  KL is temperature² · KL(teacher ||
+        student) of the softmaxes at `temperature` (kind "forward"), the other way round ("reverse"), or the original code's
+        sum over all positions, targets or not, divided by B ("paper").  recompute: keep only layer inputs for backward.
+        Returns {"loss", "ce", "kl", "tokens"}; ce and kl unweighted.
+        """
+        ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
+        if ids.ndim != 2 or targets.shape != ids.shape:
+            raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
+        if kind not in KL_KINDS:
+            raise ValueError(f"kind is {kind!r}, expected 'forward', 'reverse' or 'paper'")
+        if not temperature > 0 or not np.isfinite([ce, kl, temperature]).all():
+            raise ValueError(f"ce, kl and temperature must be finite and temperature positive, got {ce}, {kl}, {temperature}")
+        if kl and teacher is None:
+            raise ValueError("kl > 0 needs a teacher")
+        if teacher is not None:
+            if teacher.module is not self.module:
+                raise ValueError(f"student and teacher must be on one backend, got {self.module.__name__} and {teacher.module.__name__}")
+            teacher._set_rope(ids.shape[1])
+        self._set_rope(ids.shape[1])
+        if prev is not None:
+            prev = np.ascontiguousarray(np.broadcast_to(_int32(prev, "prev"), ids.shape))
+        mask = (targets >= 0).astype(np.float32)
+        tokens = int(mask.sum())
+        count = max(tokens, 1)
+        kl_mask, kl_count = (np.ones_like(mask), max(len(ids), 1)) if kind == "paper" else (mask, count)
+        wce, wkl = (mask * np.float32(ce / count), kl_mask * np.float32(kl / kl_count)) if backward else (mask, kl_mask)
+        sums = self.c.loss(ids, targets, wce, wkl, teacher.c if teacher else None, prev, temperature, KL_KINDS[kind], backward, recompute)
+        means = {"ce": sums[0] / count, "kl": sums[1] / kl_count}
+        return {"loss": ce * means["ce"] + kl * means["kl"], **means, "tokens": tokens}
+
+
+class State:
+    """What decoding remembers of `batch` sequences of up to `capacity` tokens: K/V rows, conv inputs, SSM checkpoints and the
+    ring of inputs not yet folded into them.  `pos` moves only when tokens are committed.  ValueError for sizes below 1."""
+
+    def __init__(self, model, batch, capacity):
+        self.c = model.module.State(model.c, batch, capacity)
+        self.model = model
+
+    pos = property(lambda self: self.c.pos, doc="committed tokens (batch,) int32")
+    pending = property(lambda self: self.c.pending, doc="tokens that wait for commit (batch,) int32")
+    batch = property(lambda self: self.c.batch)
+    capacity = property(lambda self: self.c.capacity)
+
+    def commit(self, n, path=None, rows=None):
+        """Accepts the first n[i] pending tokens of row rows[i] (default: all rows), or those at path[i,:n[i]], a branch of a tree.
+        ValueError, nothing moved: more than are pending, or a path that does not rise."""
+        rows = np.arange(self.batch, dtype=np.int32) if rows is None else np.atleast_1d(_int32(rows, "rows"))
+        if path is not None:
+            path = np.atleast_2d(_int32(path, "path"))
+            if len(path) != len(rows):
+                raise ValueError(f"path has {len(path)} rows, expected {len(rows)}")
+        self.c.commit(rows, _rows(n, "n", len(rows)), None if path is None else np.ascontiguousarray(path))
+
+    def reset(self, rows=None):
+        """Empties the rows (default: all)."""
+        self.c.reset(np.arange(self.batch, dtype=np.int32) if rows is None else np.atleast_1d(_int32(rows, "rows")))
+
+    def copy(self, dst, src):
+        """Row dst becomes what row src is."""
+        self.c.copy(dst, src)
+
+    def save(self, path):
+        """Writes the whole State to one .npz file."""
+        arrays = self.c.dump()
+        with open(path, "wb") as file:
+            np.savez(file, *arrays)
+
+    def load(self, path):
+        """Reads what save wrote for a model of the same shape, batch and capacity; ValueError otherwise, state untouched."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = [np.ascontiguousarray(file[f"arr_{i}"]) for i in range(len(file.files))]
+        except Exception as error:  # OSError, KeyError, and whatever zipfile and zlib raise for a damaged file
+            raise ValueError(f"{path}: not a saved state ({error})") from None
+        self.c.restore(arrays)
+
+
+def random(config, seed=0, device="cpu", dtype=None):
+    """A model with random weights: config.json's dict; "mamba" in it: mamba_config.json's dict, for a hybrid.
+
+    Matrices N(0, initializer_range²) (default 0.02), norms 1, biases 0, Mamba's own parameters as a fresh conversion makes
+    them. dtype: default float32. ValueError for what the architecture refuses.
+    """
+    config = dict(config)
+    model = Model(config, config.pop("mamba", None), device, dtype or "float32")
+    model.config = config
+    model.c.randomize(int(seed) & (2**64 - 1), float(config.get("initializer_range", 0.02)))
+    return model

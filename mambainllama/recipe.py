@@ -1,0 +1,185 @@
+"""Recipes: what a training run is told, from a dict or a YAML or JSON file, checked before anything is computed.
+
+A recipe gives `steps` (one stage, no layer is converted) or `stages`, a list of {"mamba_layers", "steps", "mixer", "init"}:
+the layers that are Mamba from the stage's start on (null: as they are), how many optimiser steps it lasts, and how layers
+that are not Mamba yet are converted. Everything else has a default, DEFAULTS. `load_recipe` returns every key, checked."""
+import difflib
+import json
+import math
+import numbers
+import os
+
+DEFAULTS = {
+    "length": 2048,           # tokens of a packed row
+    "batch": 8,               # rows of a micro-batch
+    "accumulate": 1,          # micro-batches of an optimiser step
+    "lr": 1e-4,               # the largest learning rate of a stage
+    "warmup": 0.05,           # share of a stage's steps over which the rate climbs from 0 to lr
+    "schedule": "cosine",     # then: "cosine" | "linear" (to 0 at the stage's end) | "constant"
+    "betas": [0.9, 0.98],     # AdamW
+    "weight_decay": 0.0,      # AdamW, decoupled
+    "clip": 1.0,              # largest norm of the whole gradient; null: not clipped
+    "kl": 1.0,                # weight of KL to the teacher
+    "ce": 0.1,                # weight of cross-entropy to the data
+    "temperature": 1.0,       # of the KL
+    "kl_kind": "forward",     # KL(teacher || student); or "reverse"; or "paper": forward, summed over all positions, mean of rows
+    "train": ["*"],           # parameters that learn: patterns as in a shell
+    "recompute": False,       # keep only layer inputs and compute activations again in backward
+    "seed": 0,                # order of the data, and what starts fresh at a conversion
+    "checkpoint_every": 200,  # steps
+    "eval_every": 200,        # steps
+    "eval_data": None,        # held-out rows: a path or a list of rows
+    "mixer": None,            # "mamba1" | "mamba2" of converted layers; null: the student's kind, or mamba2
+    "init": "attention",      # of converted layers: "attention" | "random"
+}
+
+
+def load_recipe(recipe, **defaults):
+    """The checked recipe as a new dict: every key of DEFAULTS, and `stages` (a list of {"mamba_layers", "steps", "mixer",
+    "init"}) in place of `steps`. recipe: a dict, or the path of a YAML or JSON file. defaults replace those of DEFAULTS.
+    Loading what it returned changes nothing. ValueError: unreadable file, unknown key, wrong type or range."""
+    recipe, where = (recipe, "recipe") if isinstance(recipe, dict) else (read_recipe(recipe), str(recipe))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{where}: a recipe is a mapping of keys to values, not {type(recipe).__name__}")
+    _known(where, recipe, [*DEFAULTS, "steps", "stages"])
+    if ("steps" in recipe) == ("stages" in recipe):
+        raise ValueError(f"{where}: give either steps or stages{', not both' if 'steps' in recipe else ''}")
+    given = {**DEFAULTS, **defaults, **{key: recipe[key] for key in recipe if key in DEFAULTS}}
+    checked = {key: _check(where, key, value) for key, value in given.items()}
+    if checked["kl"] == 0 and checked["ce"] == 0:
+        raise ValueError(f"{where}: kl and ce are both 0, so there is nothing to learn")
+    stages = recipe.get("stages", [{"steps": recipe.get("steps")}])
+    if not isinstance(stages, (list, tuple)) or not stages:
+        raise ValueError(f"{where}: stages must be a list of at least one stage, not {stages!r}")
+    checked["stages"] = [_stage(f"{where}: stages[{i}]" if "stages" in recipe else where, stage, checked)
+                         for i, stage in enumerate(stages)]
+    before = set()
+    for i, stage in enumerate(checked["stages"]):
+        now = before if stage["mamba_layers"] is None else set(stage["mamba_layers"])
+        if not before <= now:
+            raise ValueError(f"{where}: stages[{i}]: mamba_layers lacks layers {sorted(before - now)} of the stage before, "
+                             "and a Mamba layer is never turned back")
+        before = now
+    return checked
+
+
+def read_recipe(path):
+    """The object that a YAML or JSON file holds."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"recipe: expected a dict or a path, not {type(path).__name__}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the recipe cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if str(path).endswith(".json"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    import yaml
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _known(where, given, keys):
+    for key in given:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key).lower(), keys, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}."
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _stage(where, stage, recipe):
+    if not isinstance(stage, dict):
+        raise ValueError(f"{where}: a stage is a mapping with mamba_layers and steps, not {stage!r}")
+    _known(where, stage, ["mamba_layers", "steps", "mixer", "init"])
+    if "steps" not in stage:
+        raise ValueError(f"{where}: steps is missing")
+    given = {"mamba_layers": None, "mixer": recipe["mixer"], "init": recipe["init"], **stage}
+    return {key: _check(where, key, value) for key, value in given.items()}
+
+
+def _check(where, key, value):
+    convert, must = RULES[key]
+    try:
+        return convert(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: {key} must be {must}, not {value!r}") from None
+
+
+def _need(condition):
+    if not condition:
+        raise ValueError
+
+
+def _integer(low):
+    def convert(value):
+        _need(isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value < 2**63)
+        return int(value)
+    return convert, f"an integer from {low} up"
+
+
+def _number(low, high=math.inf, open_low=False, open_high=False):
+    def convert(value):
+        value = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as a string
+        _need(isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value))
+        _need((value > low if open_low else value >= low) and (value < high if open_high else value <= high))
+        return float(value)
+    above = f"above {low}" if open_low else f"from {low} up"
+    return convert, f"a number {above}" + (f" {'and below' if open_high else 'to'} {high}" if high < math.inf else "")
+
+
+def _choice(*names):
+    def convert(value):
+        _need(value in names)
+        return value
+    return convert, " or ".join("null" if name is None else repr(name) for name in names)
+
+
+def _optional(rule):
+    return (lambda value: None if value is None else rule[0](value)), f"null or {rule[1]}"
+
+
+def _layers(value):
+    _need(isinstance(value, (list, tuple)))
+    layers = sorted(_integer(0)[0](layer) for layer in value)
+    _need(len(set(layers)) == len(layers))
+    return layers
+
+
+def _patterns(value):
+    patterns = [value] if isinstance(value, str) else value
+    _need(isinstance(patterns, (list, tuple)) and patterns and all(isinstance(p, str) for p in patterns))
+    return list(patterns)
+
+
+def _betas(value):
+    _need(isinstance(value, (list, tuple)) and len(value) == 2)
+    return [_number(0, 1, open_high=True)[0](beta) for beta in value]
+
+
+def _flag(value):
+    _need(isinstance(value, bool))
+    return value
+
+
+def _data(value):
+    _need(value is None or isinstance(value, (str, os.PathLike, list, tuple)))
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+RULES = {  # key: (what converts a value or raises, what it must be)
+    "length": _integer(1), "batch": _integer(1), "accumulate": _integer(1), "lr": _number(0), "warmup": _number(0, 1),
+    "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
+    "weight_decay": _number(0), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
+    "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "paper"),
+    "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
+    "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path or a list of rows"),
+    "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice("attention", "random"), "steps": _integer(1),
+    "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
+}

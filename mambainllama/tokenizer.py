@@ -1,0 +1,249 @@
+"""Text to token ids and back: tokenizer.json through the `tokenizers` package, chat templates rendered as transformers does.
+
+Template source: transformers utils/chat_template_utils.py. A template is a program from a checkpoint, so it runs in Jinja's
+immutable sandbox and sees plain data only."""
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import numpy as np
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .config import read_file, read_json, show
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "additional_special_tokens")
+MARKS = "generation_marks"  # the template variable that holds what to put before and after an answer
+
+
+def stop_tokens(folder):
+    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json, an int or a list; [] without.
+    ValueError: something else stands there."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise ValueError(f"{path}: eos_token_id is {show(ids)}, expected a token id or a list of them")
+            return ids
+    return []
+
+
+class Tokenizer:
+    """The tokenizer and chat template of a model folder. ValueError: no tokenizer.json, or files that cannot be read."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists():
+            raise ValueError(f"{folder} has no tokenizer.json")
+        content = read_file(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the package raises bare Exceptions, and a panic of its Rust is not even one
+            raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        self._tokenizer.no_truncation()  # settings of a training run, which transformers leaves out too
+        self._tokenizer.no_padding()
+        self._settings, self._template = _chat_settings(Path(folder))
+        self._compiled = None
+
+    @classmethod
+    def from_folder(cls, folder):
+        """The folder's Tokenizer; None if it has no tokenizer.json."""
+        return cls(folder) if os.path.lexists(Path(folder) / "tokenizer.json") else None
+
+    def encode(self, text, add_special_tokens=True):
+        """Token ids of a string, with what the tokenizer puts around a text (such as BOS) unless told not to."""
+        return self._encode(text, add_special_tokens).ids
+
+    def _encode(self, text, add_special_tokens):
+        if not isinstance(text, str):
+            raise ValueError(f"encode takes a string, not {type(text).__name__}")
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # a lone surrogate, a model without a token for unknown text
+            raise ValueError(f"the text cannot be encoded: {error}") from None
+
+    def decode(self, ids, skip_special_tokens=True):
+        """The string of token ids; ids that the tokenizer does not know give nothing."""
+        try:
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        except (TypeError, OverflowError, ValueError):
+            raise ValueError(f"decode takes a list of token ids, not {show(ids)}") from None
+
+    def stream(self):
+        """A Stream: text of ids that come one at a time."""
+        return Stream(self)
+
+    def render(self, messages, add_generation_prompt=True, **kwargs):
+        """The text of a chat [{"role", "content"}, …] by the folder's template; kwargs are variables of the template (tools …).
+        ValueError, one sentence: no template, messages of another form, or what the template raises."""
+        if not isinstance(messages, list) or not messages or not all(
+                isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+            raise ValueError(f"a chat is a list of {{'role': …, 'content': …}}, not {show(messages)}")
+        return self._render(messages, add_generation_prompt, **kwargs)
+
+    def _render(self, messages, add_generation_prompt, **kwargs):
+        if self._template is None:
+            raise ValueError(f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+        try:
+            if self._compiled is None:
+                self._compiled = _environment().from_string(self._template)
+            variables = {"tools": None, "documents": None, **self._settings, **kwargs, "messages": messages}
+            return self._compiled.render(_plain(variables | {"add_generation_prompt": add_generation_prompt}))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{self.folder}: the chat template has an error in line {error.lineno}: {error.message}") from None
+        except Exception as error:  # whatever the template's own operations raise
+            raise ValueError(f"{self.folder}: the chat template refuses these messages: {error}") from None
+
+    def encode_chat(self, messages, add_generation_prompt=True, **kwargs):
+        """Token ids of the rendered chat; the template writes the special tokens, none are added."""
+        return self.encode(self.render(messages, add_generation_prompt, **kwargs), add_special_tokens=False)
+
+    def encode_chat_with_mask(self, messages):
+        """(ids, mask) of a whole chat: mask[i] is 1 where ids[i] belongs to an assistant's answer, its end marker included.
+
+        Answers are the template's {% generation %} spans or, without any, what a turn adds to the chat before it rendered with
+        the generation prompt. ValueError: a template whose earlier turns change with what follows, so that this is unknown."""
+        text = self.render(messages, add_generation_prompt=False)
+        spans = self._generation_spans(messages, text) or self._prefix_spans(messages, text)
+        encoding = self._encode(text, add_special_tokens=False)
+        inside = np.zeros(len(text) + 1, np.int64)  # [k + 1]: character k is part of an answer
+        for begin, end in spans:
+            inside[begin + 1 : end + 1] = 1
+        count = np.cumsum(inside)
+        begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        mask = (count[end] > count[begin]) | (begin == end) & (inside[end] > 0)  # empty: spaces that the tokenizer trims off
+        return encoding.ids, mask.astype(int).tolist()
+
+    def _generation_spans(self, messages, text):
+        """Character spans of text within {% generation %} blocks: rendered again with marks, which occur nowhere else."""
+        before, after = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text][:2]  # not characters, by Unicode
+        pieces = self._render(messages, False, **{MARKS: (before, after)}).split(before)
+        if len(pieces) == 1:
+            return []
+        spans, plain = [], pieces[0]
+        for piece in pieces[1:]:
+            answer, mark, rest = piece.partition(after)
+            spans.append((len(plain), len(plain) + len(answer)))
+            plain += answer + rest
+            if not mark or after in rest:
+                raise ValueError(f"{self.folder}: the chat template nests or cuts its generation blocks")
+        if plain != text:
+            raise ValueError(f"{self.folder}: the chat template renders differently around its generation blocks")
+        return spans
+
+    def _prefix_spans(self, messages, text):
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError(f"{self.folder}: the chat template renders message {i} differently once others follow, so its "
+                                 "answer cannot be located; a template with {% generation %} blocks would say where it is")
+            spans.append((len(before), len(after)))
+        return spans
+
+
+class Stream:
+    """Decodes ids one by one: the pieces joined are the text of all. A piece never ends within a character."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.ids, self.given = [], 0  # the ids of the last piece, which show how the next one reads, and those since
+
+    def push(self, id):
+        """The text that this id completes, "" while a character is incomplete."""
+        self.ids.append(id)
+        return self._piece(last=False)
+
+    def flush(self):
+        """What is left at the end: bytes that never became a character, as the decoder shows them."""
+        return self._piece(last=True)
+
+    def _piece(self, last):
+        before, text = self.tokenizer.decode(self.ids[: self.given]), self.tokenizer.decode(self.ids)
+        if len(text) <= len(before) or text.endswith("\ufffd") and not last:
+            return ""
+        del self.ids[: self.given]
+        self.given = len(self.ids)
+        return text[len(before) :]
+
+
+def _chat_settings(folder):
+    """(special tokens by name, template or None) of tokenizer_config.json, special_tokens_map.json and chat_template.jinja."""
+    config, named = ({} if not (folder / name).exists() else read_json(folder / name)
+                     for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    special = {}
+    for key in SPECIAL:
+        value = config.get(key, named.get(key))
+        values = [v.get("content") if isinstance(v, dict) else v for v in (value if isinstance(value, list) else [value])]
+        if all(isinstance(v, str) for v in values):
+            special[key] = values if isinstance(value, list) else values[0]
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        try:
+            template = read_file(folder / "chat_template.jinja").decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{folder / 'chat_template.jinja'} is not UTF-8") from None
+    if isinstance(template, list):
+        templates = {t.get("name"): t.get("template") for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)}
+        template = templates.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is {show(template)}, expected a string")
+    return special, template
+
+
+def _environment():
+    extensions = [_Generation, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Jinja's own filter escapes HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message):
+    raise jinja2.TemplateError(message)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: its body, between MARKS where they are given."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        call = self.call_method("_mark", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, context, caller):
+        before, after = context.get(MARKS, ("", ""))
+        return before + caller() + after
+
+
+def _plain(value):
+    """The same of plain types: a template must not reach the methods of what a caller puts into a message."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else list(map(_plain, value))
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise ValueError(f"a {type(value).__name__} is in the chat, expected text, numbers, lists and dicts")

@@ -1,0 +1,367 @@
+"""Distillation and training: one loop of stages, steps and micro-batches, which ends with the same bits however often it is killed.
+
+A stage starts by converting the layers that its recipe lists and that are not Mamba yet, with a fresh optimiser (moments zero, bias
+correction from step 1; float32 master weights stay) and a learning rate schedule of its own: rate(). A step adds up the gradients
+of `accumulate` micro-batches, each weighted by its share of the tokens that count, so that it equals one batch of that many rows;
+clips the norm of the whole gradient; and lets AdamW move the trainable parameters.
+
+A run's folder holds metrics.jsonl (a line a step), checkpoint.npz, and when it is done model/ and report.json. What a step computes
+depends on the weights, the moments and the step's number alone, and the checkpoint holds those: a run that goes on from it repeats
+the steps that were lost, bit for bit, on the same module and thread count."""
+import json
+import math
+import signal
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from . import checkpoint
+from .convert import convert_layers
+from .data import Batches, read
+from .recipe import DEFAULTS, load_recipe
+from .weights import replacing
+
+
+def distill(student, teacher, data, recipe, out=None, progress=None):
+    """Trains student (in place) to predict what teacher predicts, and the data; → the report.
+
+    data: a JSONL path or a list of rows (data.py). recipe: a dict or the path of a YAML or JSON file (recipe.py). out: the run's
+    folder; called again with it, and with the student and teacher that the run began with, the run goes on; a finished one only
+    gives its weights to student. None: nothing is kept. progress: True or False for the bar; None: only on a terminal.
+
+    Report: "steps", "loss", "ce", "kl" (of the last step), "eval" ({"loss", "ce", "kl"} on eval_data after the last step, or
+    None), "stages" (the metrics of each stage's last step), "tokens" (positions computed), "seconds", "tokens_per_second",
+    "recipe", "history" (path of metrics.jsonl), "model" (folder of the trained model); the last two are None without out.
+    ValueError: bad recipe or data, models that do not fit, out holds another run. OSError: out cannot be written; the checkpoint
+    before is intact. Ctrl-C: the micro-batch ends, a checkpoint is written, KeyboardInterrupt is raised; a second one does not wait."""
+    if student is teacher:
+        raise ValueError("student and teacher are one model; mil.convert(teacher, mamba_layers=[]) makes a student that shares its weights")
+    return run(student, teacher, data, load_recipe(recipe), out, progress=progress)
+
+
+def train(model, data, recipe, out=None, progress=None):
+    """Trains model (in place) on the data alone; → the report. As distill, but ce is 1 and kl 0 by default, and kl must be 0."""
+    recipe = load_recipe(recipe, kl=0.0, ce=1.0)
+    if recipe["kl"]:
+        raise ValueError(f"recipe: kl is {recipe['kl']:g} and there is no teacher; leave it out, or distill")
+    return run(model, None, data, recipe, out, progress=progress)
+
+
+class LanguageModelling:
+    """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev).
+
+    An objective has these two methods; its metrics are what `counts` names."""
+
+    def __init__(self, model, teacher, recipe):
+        self.model, self.teacher, self.recipe = model, teacher, recipe
+
+    def counts(self, batch):
+        """{metric: over how much it is a mean}: the positions that count, or for kl_kind "paper" the rows."""
+        tokens = int(np.count_nonzero(batch[1] >= 0))
+        return {"ce": tokens, "kl": len(batch[1]) if self.recipe["kl_kind"] == "paper" else tokens}
+
+    def loss(self, batch, share, backward=False):
+        """{"loss", metric…}: the metrics' means, and the loss that weighs each by share[metric]; backward: adds its gradient."""
+        r = self.recipe
+        return self.model.loss(batch[0], batch[1], teacher=self.teacher if r["kl"] else None, ce=r["ce"] * share["ce"],
+                               kl=r["kl"] * share["kl"], temperature=r["temperature"], kind=r["kl_kind"], prev=batch[2],
+                               backward=backward, recompute=backward and r["recompute"])
+
+
+def run(model, teacher, data, recipe, out=None, objective=LanguageModelling, progress=None):
+    """The loop behind distill and train; recipe as load_recipe returns it."""
+    stages, began = recipe["stages"], time.perf_counter()
+    _check_layers(model, stages)
+
+    def batches(rows, name, **options):
+        documents = read(rows, model.tokenizer, model.config["vocab_size"], name)
+        return Batches(documents, recipe["length"], recipe["batch"], recipe["seed"], name=name, **options)
+    data = batches(data, "data")
+    held_out = batches(recipe["eval_data"], "eval_data", shuffle=False) if recipe["eval_data"] is not None else None
+    goal = objective(model, teacher, recipe)
+    folder = status = None
+    if out is not None:
+        folder = Folder(out, {**recipe, "objective": objective.__name__, "data": data.fingerprint,
+                              "eval_data": held_out and held_out.fingerprint, "teacher": teacher and _fingerprint(teacher),
+                              "student": _fingerprint(model, recipe)})
+        status = folder.restore(model, recipe)
+    status = status or {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": []}
+    earlier, tokens = status["seconds"], recipe["accumulate"] * recipe["batch"] * recipe["length"]
+    total, end = sum(stage["steps"] for stage in stages), 0
+    with _interruptible() as interrupted, tqdm(total=total, initial=status["step"], unit="step", dynamic_ncols=True,
+                                               disable=None if progress is None else not progress) as bar:
+        for index, stage in enumerate(stages):
+            begin, end = end, end + stage["steps"]
+            if status["step"] == begin:
+                _start(model, stage, recipe)
+            while status["step"] < end:
+                step, tick = status["step"], time.perf_counter()
+                lr = rate(recipe, step - begin, stage["steps"])
+                sums = _step(model, goal, data, recipe, step, step - begin + 1, lr, interrupted)
+                if sums is None:
+                    if folder and status["last"]:
+                        folder.save(model, status)
+                    raise KeyboardInterrupt(f"stopped after step {step} of {total}" + (f"; the same call goes on from {out}" if out else ""))
+                status["step"], status["tokens"] = step + 1, status["tokens"] + tokens
+                record = {"step": step + 1, "stage": index, **sums, "lr": lr, "tokens": status["tokens"],
+                          "tokens_per_second": tokens / (time.perf_counter() - tick)}
+                if held_out and ((step + 1) % recipe["eval_every"] == 0 or step + 1 == end):
+                    record |= {f"eval_{key}": value for key, value in evaluate(goal, held_out).items()}
+                record["seconds"] = status["seconds"] = earlier + time.perf_counter() - began
+                status["last"] = record
+                if step + 1 == end:
+                    status["ends"].append(record)
+                if folder:
+                    folder.record(record)
+                    if (step + 1) % recipe["checkpoint_every"] == 0 or step + 1 == total:
+                        folder.save(model, status)
+                bar.set_postfix({"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}, refresh=False)
+                bar.update()
+    report = _report(status, recipe, folder)
+    if folder:
+        folder.finish(model, report)
+    return report
+
+
+def rate(recipe, step, steps):
+    """Learning rate of step 0 … steps-1 of a stage: it climbs to lr over the first `warmup` of the steps, then follows `schedule`."""
+    warm = round(recipe["warmup"] * steps)
+    if step < warm:
+        return recipe["lr"] * (step + 1) / warm
+    gone = (step - warm) / (steps - warm)
+    return recipe["lr"] * {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}[recipe["schedule"]]
+
+
+def evaluate(objective, batches):
+    """{"loss", metric…} over all that batches.once() yields, as if it were one batch."""
+    total = {}
+    for batch in batches.once():
+        total = _plus(total, objective.counts(batch))
+    sums = {}
+    for batch in batches.once():
+        sums = _plus(sums, _loss(objective, batch, total))
+    return sums
+
+
+def _loss(objective, batch, total, backward=False):
+    """What the batch adds to loss and metrics of a larger batch whose counts are total."""
+    share = {metric: count / total[metric] for metric, count in objective.counts(batch).items()}
+    values = objective.loss(batch, share, backward)
+    return {"loss": values["loss"], **{metric: share[metric] * values[metric] for metric in share}}
+
+
+def _plus(a, b):
+    return {key: a.get(key, 0) + b[key] for key in b}
+
+
+def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
+    """One optimiser step; → its {"loss", metric…, "grad_norm"}, or None when interrupted: then no parameter has changed."""
+    micro = [data.batch(step * recipe["accumulate"] + a) for a in range(recipe["accumulate"])]
+    total, sums = {}, {}
+    for batch in micro:
+        total = _plus(total, objective.counts(batch))
+    model.zero_grad()
+    for batch in micro:
+        sums = _plus(sums, _loss(objective, batch, total, backward=True))
+        if interrupted():
+            return None
+    norm = model.grad_norm()
+    if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
+        raise ValueError(f"step {step + 1}: loss {sums['loss']:g} with gradient norm {norm:g}; a smaller lr or a longer warmup may help")
+    clip = recipe["clip"]
+    model.step(lr, betas=tuple(recipe["betas"]), weight_decay=recipe["weight_decay"], step=adam_step,
+               scale=clip / norm if clip and norm > clip else 1.0)
+    return {**sums, "grad_norm": norm}
+
+
+def _check_layers(model, stages):
+    """Every stage names layers that the model has."""
+    count = len(model.layer_kinds)
+    for i, stage in enumerate(stages):
+        for layer in stage["mamba_layers"] or []:
+            if layer >= count:
+                raise ValueError(f"recipe: stages[{i}]: mamba_layers has layer {layer}, and the model has layers 0 to {count - 1}")
+
+
+def _start(model, stage, recipe):
+    """The start of a stage: conversions, what learns, a fresh optimiser."""
+    if stage["mamba_layers"] is not None:
+        mamba = [i for i, kind in enumerate(model.layer_kinds) if kind != "attention"]
+        more = sorted(set(mamba) - set(stage["mamba_layers"]))
+        if more:
+            raise ValueError(f"the student's layers {more} are Mamba already, and mamba_layers {stage['mamba_layers']} of its stage lacks them")
+        fresh = [i for i in stage["mamba_layers"] if i not in mamba]
+        mixer = stage["mixer"] or (model.layer_kinds[mamba[0]] if mamba else "mamba2")
+        if fresh:
+            convert_layers(model, fresh, mixer, stage["init"], recipe["seed"])
+    model.trainable(recipe["train"])
+    for name, (m, v, master) in model.moments().items():
+        model.set_moments(name, np.zeros_like(m), np.zeros_like(v), master)
+
+
+def _report(status, recipe, folder):
+    last, held_out = status["last"], recipe["eval_data"]
+    evaluated = {key[5:]: value for key, value in last.items() if key.startswith("eval_")}
+    return {"steps": status["step"], **{key: last[key] for key in ("loss", "ce", "kl") if key in last}, "eval": evaluated or None,
+            "stages": status["ends"], "tokens": status["tokens"], "seconds": status["seconds"],
+            "tokens_per_second": status["tokens"] / status["seconds"],
+            "recipe": recipe if isinstance(held_out, (str, type(None))) else {**recipe, "eval_data": f"{len(held_out)} rows"},
+            "history": str(folder.metrics) if folder else None, "model": str(folder.model) if folder else None}
+
+
+def _fingerprint(model, recipe=None):
+    """Of a model's weights; with a recipe only of those that its run leaves as they are."""
+    names, crc = set(model.names), 0
+    if recipe:
+        converted = {i for stage in recipe["stages"] for i in stage["mamba_layers"] or []}
+        mixers = tuple(f"model.layers.{i}.{part}." for i in converted for part in ("self_attn", "mamba"))
+        names = {name for name in names if not name.startswith(mixers) and not any(fnmatchcase(name, p) for p in recipe["train"])}
+    for name in sorted(names):
+        crc = zlib.crc32(np.ascontiguousarray(model.raw(name)), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+class Folder:
+    """A run's folder. identity: what the run's numbers depend on, by name; a run goes on only with the same.
+
+    checkpoint.npz is replaced whole or not at all. It holds run.json (identity, status, layer kinds, module, threads) and, as arrays,
+    weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that have moments or are Mamba's, and m/, v/, master/NAME."""
+
+    def __init__(self, path, identity):
+        self.path, self.identity = Path(path), json.loads(json.dumps(identity))
+        self.metrics, self.checkpoint = self.path / "metrics.jsonl", self.path / "checkpoint.npz"
+        self.model, self.report = self.path / "model", self.path / "report.json"
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, model, recipe):
+        """Gives model the checkpoint's layers, weights and moments and cuts metrics.jsonl to its step; → its status, None without one."""
+        status = None
+        if self.checkpoint.exists():
+            try:
+                if not zipfile.is_zipfile(self.checkpoint):
+                    raise zipfile.BadZipFile("it is no zip file, or cut short")
+                with np.load(self.checkpoint) as file:
+                    run = json.loads(file["run.json"])
+                    self._same(run, model)
+                    _restore(model, run["layer_kinds"], recipe, file)
+                    status = run["status"]
+            except (zipfile.BadZipFile, KeyError, EOFError, zlib.error, json.JSONDecodeError) as error:
+                raise ValueError(f"{self.checkpoint} is damaged ({error}); without it the run begins again") from None
+        step = status["step"] if status else 0
+        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
+        with replacing(self.metrics) as file:
+            file.writelines(line for line in lines if _step_of(line) <= step)
+        return status
+
+    def _same(self, run, model):
+        for key in sorted({*run["identity"], *self.identity}):
+            was, now = run["identity"].get(key), self.identity.get(key)
+            if was != now:
+                shown = key == "stages" or key in DEFAULTS and key != "eval_data"
+                what = f"began with {key} {was!r}, not {now!r}" if shown else f"began with another {key}"
+                raise ValueError(f"{self.path} holds a run that {what}; go on with the same, or name another folder")
+        for key, now in _machine(model).items():
+            if run["machine"][key] != now:
+                warnings.warn(f"{self.path}: the checkpoint is of {key} {run['machine'][key]} and this is {now}: the run goes on, "
+                              "but not to the same bits", stacklevel=4)
+
+    def save(self, model, status):
+        """Writes the checkpoint. OSError: it could not be written; the one before is intact."""
+        moments = model.moments()
+        run = {"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "machine": _machine(model)}
+        with replacing(self.checkpoint) as file, zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("run.json", json.dumps(run))
+            for name in model.names:
+                if name in moments or ".mamba." in name:
+                    _put(archive, f"weight/{name}", model.raw(name))
+            for name, arrays in moments.items():
+                for part, array in zip(("m", "v", "master"), arrays):
+                    if array is not None:
+                        _put(archive, f"{part}/{name}", array)
+
+    def record(self, record):
+        with _writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish(self, model, report):
+        """Writes model/, then report.json, unless an earlier call has."""
+        if not self.report.exists():
+            checkpoint.save(model, self.model)
+            with replacing(self.report) as file:
+                file.write(json.dumps(report, indent=1).encode())
+
+
+def _step_of(line):
+    """The step of a line of metrics.jsonl; infinity for one that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _machine(model):
+    return {"module": model.module.__name__.rpartition(".")[2], "threads": model.module.workers()}
+
+
+def _put(archive, key, array):
+    with archive.open(key + ".npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def _restore(model, kinds, recipe, file):
+    """The checkpoint's layer kinds, weights and moments."""
+    have = model.layer_kinds
+    if len(have) != len(kinds) or any(a not in ("attention", b) for a, b in zip(have, kinds)):
+        raise ValueError(f"the student's layers are {have}, and the checkpoint's {kinds}: go on with the student that the run began with")
+    for kind in set(kinds) - {"attention"}:
+        fresh = [i for i, (a, b) in enumerate(zip(have, kinds)) if a != b == kind]
+        if fresh:
+            convert_layers(model, fresh, kind, "random", recipe["seed"])
+    model.trainable(recipe["train"])
+    for key in file.files:
+        part, _, name = key.partition("/")
+        if part == "weight":
+            array = file[key]
+            if name not in model.names or array.dtype != model.raw(name).dtype or array.shape != model.raw(name).shape:
+                raise ValueError(f"the checkpoint's {name} is {array.dtype} {array.shape}, and the student has no such parameter")
+            model.set(name, array)
+    for key in file.files:
+        part, _, name = key.partition("/")
+        if part == "m":
+            model.set_moments(name, file[key], file[f"v/{name}"], file[f"master/{name}"] if f"master/{name}" in file else None)
+
+
+@contextmanager
+def _writing(path):
+    """An OSError of the block becomes one that says which path could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _interruptible():
+    """Yields a function: has Ctrl-C been pressed? Only the first press is held back, and only where Python's own handler is set."""
+    pressed = threading.Event()
+    usual = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def press(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pressed.set()
+    if usual:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,272 @@
+"""Model: logits and gradients against a float64 torch reference, and decoding against one forward."""
+import numpy as np
+import pytest
+
+import mambainllama as mil
+from mambainllama.config import architecture
+
+RNG = np.random.default_rng(0)
+BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 61, "rms_norm_eps": 1e-5,
+        "initializer_range": 0.15}
+
+
+def config(mixer, attn_layers, layers=4, **changes):
+    c = BASE | {"num_hidden_layers": layers} | changes
+    heads, head_dim = c["num_attention_heads"], c["head_dim"]
+    if mixer:
+        c["mamba"] = {"d_model": c["hidden_size"], "n_layer": layers, "attn_layers": attn_layers, "d_inner": heads * head_dim,
+                      "d_xb": c["num_key_value_heads"] * head_dim,
+                      "ssm_cfg": {"expand": 1} | ({"ngroups": heads, "d_state": head_dim} if mixer == "mamba2" else {})}
+    return c
+
+
+HYBRIDS = {
+    "transformer": config(None, None),
+    "transformer with window 7": config(None, None, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=7),
+    "mamba1 hybrid": config("mamba1", [1, 3]),
+    "mamba2 hybrid": config("mamba2", [0, 2]),
+    "mamba2 hybrid, tied, as many kv heads as heads": config("mamba2", [1], tie_word_embeddings=True, num_key_value_heads=4),
+    "mamba1 hybrid, tied, one kv head": config("mamba1", [0], tie_word_embeddings=True, num_key_value_heads=1),
+    "pure mamba1": config("mamba1", []),
+    "pure mamba2, odd head_dim 6": config("mamba2", [], head_dim=6),
+    "qwen3 layers with mamba2": config("mamba2", [0, 2], architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
+    "qwen2 biases with mamba2": config("mamba2", [0, 3], architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+}
+
+
+def build(name, seed=1, dtype=None):
+    model = mil.random(HYBRIDS[name], seed=seed, dtype=dtype)
+    for key in model.names:  # what starts at 0 or 1 would hide a wrong index
+        if not key.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight", "A_log", "dt_bias", "dt_proj.bias")):
+            model.set(key, model.get(key) + 0.2 * RNG.standard_normal(model.names[key]).astype(np.float32))
+    return model
+
+
+def tokens(batch, length, seed=0):
+    return np.random.default_rng(seed).integers(0, 61, (batch, length)).astype(np.int32)
+
+
+def error(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.isfinite(a).all()
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def reference(model):
+    torch = pytest.importorskip("torch")
+    import torch_hybrid
+
+    params = {name: torch.tensor(model.get(name), dtype=torch.float64, requires_grad=True) for name in model.names}
+    arch = architecture(model.config, model.mamba_config)
+    arch["inv_freq"] = torch.tensor(arch["inv_freq"])
+    return torch, torch_hybrid, params, arch
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("kind,ce,kl", [("forward", 1.0, 0.0), ("forward", 0.3, 1.0), ("reverse", 0.0, 1.0), ("paper", 0.1, 0.5)])
+def test_loss_and_gradients_equal_torch(name, kind, ce, kl):
+    model, ids, targets = build(name), tokens(2, 37), tokens(2, 37, 1)
+    targets[:, ::3] = -100
+    torch, ref, params, arch = reference(model)
+    teacher = build("transformer", seed=2) if kl else None
+    u = None
+    if kl:
+        _, _, teacher_params, teacher_arch = reference(teacher)
+        u = ref.logits(teacher_params, torch.tensor(ids).long(), teacher_arch).detach()
+    z = ref.logits(params, torch.tensor(ids).long(), arch)
+    assert error(model.logits(ids), z.detach()) < 1e-5
+    loss = ref.loss(z, torch.tensor(targets).long(), u, ce, kl, 1.5, kind)
+    loss.backward()
+    got = model.loss(ids, targets, teacher, ce, kl, 1.5, kind, backward=True)
+    assert abs(got["loss"] - loss.item()) < 1e-5 * abs(loss.item())
+    evaluated = model.loss(ids, targets, teacher, ce, kl, 1.5, kind)
+    assert evaluated == pytest.approx(got, rel=1e-6)
+    errors = {key: error(model.grad(key), params[key].grad) for key in model.names}
+    assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
+    recomputed = {key: model.grad(key) for key in model.names}
+    model.zero_grad()
+    model.loss(ids, targets, teacher, ce, kl, 1.5, kind, backward=True, recompute=True)
+    for key in model.names:
+        assert np.array_equal(model.grad(key), recomputed[key]), key
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_packed_documents_do_not_see_each_other(name):
+    model, ids, targets = build(name), tokens(2, 53), tokens(2, 53, 1)
+    starts = [[0, 20, 21], [0, 37]]
+    prev = np.tile(np.arange(-1, 52, dtype=np.int32), (2, 1))
+    for b, row in enumerate(starts):
+        prev[b, row] = -2
+    packed = model.logits(ids, prev=prev)
+    model.loss(ids, targets, prev=prev, backward=True)
+    gradients = {key: model.grad(key) for key in model.names}
+    model.zero_grad()
+    for b, row in enumerate(starts):
+        for begin, end in zip(row, [*row[1:], 53]):
+            alone = model.logits(ids[b : b + 1, begin:end])
+            assert error(packed[b, begin:end], alone[0]) < 1e-5
+            part = np.full((1, end - begin), -100, np.int32)
+            part[:] = targets[b, begin:end]
+            model.loss(ids[b : b + 1, begin:end], part, ce=(end - begin) / 106, backward=True)
+    for key in model.names:
+        assert error(gradients[key], model.grad(key)) < 1e-4, key
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_and_steps_equal_one_forward(name, dtype):
+    model, ids = build(name, dtype=dtype), tokens(3, 120)
+    whole = model.logits(ids)
+    lengths = [40, 33, 56]
+    state = mil.State(model, 4, 160)
+    slot = np.array([2, 0, 3], np.int32)
+    padded = model.logits(ids[:, :56], state, keep=lengths, slot=slot)
+    for b, n in enumerate(lengths):
+        assert error(padded[b, :n], whole[b, :n]) < 1e-4
+    for step in range(64):
+        at = [min(n + step, 119) for n in lengths]
+        one = model.logits(np.stack([ids[b, t : t + 1] for b, t in enumerate(at)]), state, slot=slot)
+        for b, n in enumerate(lengths):
+            assert error(one[b, 0], whole[b, n + step]) < 1e-4 if n + step < 120 else True
+    assert state.pos.tolist() == [33 + 64, 0, 40 + 64, 56 + 64]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_rejected_tokens_never_happened(name):
+    """Any grouping of accepted tokens into calls, with wrong drafts in between, gives the bits of one token a call."""
+    model, ids = build(name), tokens(2, 100)
+    plain, drafted = mil.State(model, 2, 160), mil.State(model, 2, 160)
+    model.logits(ids[:, :40], plain, last=1)
+    model.logits(ids[:, :40], drafted, last=1)
+    steps = np.concatenate([model.logits(ids[:, t : t + 1], plain) for t in range(40, 100)], 1)
+    rng, at, got = np.random.default_rng(5), np.array([40, 40]), [[], []]
+    while (at < 100).all():
+        n = rng.integers(0, 6, 2)
+        call = np.stack([np.concatenate([ids[b, at[b] : at[b] + n[b]], rng.integers(0, 61, 6 - min(n[b], 100 - at[b]))])[:6] for b in range(2)])
+        n = np.minimum(n, 100 - at)
+        z = model.logits(call, drafted, keep=0)
+        drafted.commit(n)
+        for b in range(2):
+            got[b].append(z[b, : n[b]])
+        at = at + n
+    for b in range(2):
+        assert np.array_equal(np.concatenate(got[b]), steps[b, : at[b] - 40])
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_trees_extension_and_paths(name):
+    model, ids = build(name), tokens(1, 60)
+    state, line = mil.State(model, 1, 120), mil.State(model, 1, 120)
+    for s in (state, line):
+        model.logits(ids[:, :37], s, last=0)
+    tree, prev = np.array([[3, 9, 4, 8, 5, 2]], np.int32), np.array([[-1, -1, 0, 1, 2, 3]], np.int32)
+    z = model.logits(tree, state, keep=0, prev=prev)
+    chain = model.logits(tree[:, 1::2], line, keep=0)
+    assert np.array_equal(z[:, 1::2], chain)
+    more = model.logits([[7]], line, keep=0, extend=True)  # 9 8 2 and then 7, all pending
+    state.commit([3], path=[[1, 3, 5]])
+    assert state.pos[0] == 40
+    assert np.array_equal(model.logits([[7]], state), more)
+    line.commit([4])
+    a, b = model.logits(ids[:, 50:58], state), model.logits(ids[:, 50:58], line)
+    assert np.array_equal(a, b)
+
+
+def test_rows_do_not_depend_on_companions():
+    for name in HYBRIDS:
+        model, ids = build(name), tokens(5, 50)
+        alone, together = mil.State(model, 1, 80), mil.State(model, 5, 80)
+        for b in range(5):
+            model.logits(ids[b : b + 1, :40], together, slot=[b], last=0)
+        model.logits(ids[3:4, :40], alone, last=0)
+        assert np.array_equal(model.logits(ids[3:4, 40:45], alone)[0], model.logits(ids[:, 40:45], together)[3])
+
+
+def test_state_copy_save_load_reset(tmp_path):
+    model, ids = build("mamba2 hybrid"), tokens(2, 60)
+    state = mil.State(model, 2, 100)
+    model.logits(ids[:, :37], state, last=0)
+    model.logits(ids[:, 37:42], state, keep=0)
+    state.save(tmp_path / "state.npz")
+    other = mil.State(model, 2, 100)
+    other.load(tmp_path / "state.npz")
+    state.commit([2, 3])
+    other.commit([2, 3])
+    assert np.array_equal(model.logits(ids[:, 50:53], state, keep=0), model.logits(ids[:, 50:53], other, keep=0))
+    other.copy(0, 1)
+    z = model.logits(ids[:1, 50:53].repeat(2, 0), other, keep=0)
+    assert np.array_equal(z[0], z[1])
+    other.reset()
+    assert other.pos.tolist() == [0, 0]
+    assert np.array_equal(model.logits(ids[:, :37], other), model.logits(ids[:, :37], mil.State(model, 2, 100)))
+    (tmp_path / "state.npz").write_bytes((tmp_path / "state.npz").read_bytes()[:200])
+    for target in (state, mil.State(model, 3, 100)):
+        with pytest.raises(ValueError):
+            target.load(tmp_path / "state.npz")
+
+
+@pytest.mark.parametrize("call,sentence", [
+    (lambda m, s: m.logits([[61]]), "ids"),
+    (lambda m, s: m.logits([[-1]]), "ids"),
+    (lambda m, s: m.logits([1, 2]), "shape"),
+    (lambda m, s: m.logits([[1.5]]), "integers"),
+    (lambda m, s: m.logits(np.zeros((2, 41), int), s), "capacity"),
+    (lambda m, s: m.logits(np.zeros((2, 3), int), s, slot=[1, 1]), "twice"),
+    (lambda m, s: m.logits(np.zeros((2, 3), int), s, slot=[0, 2]), "slot"),
+    (lambda m, s: m.logits(np.zeros((2, 3), int), s, keep=4), "keep"),
+    (lambda m, s: m.logits(np.zeros((2, 33), int), s, keep=0), "uncommitted"),
+    (lambda m, s: m.logits(np.zeros((1, 3), int), s, prev=[[-1, 1, 1]]), "prev"),
+    (lambda m, s: m.logits(np.zeros((1, 3), int), prev=[[-1, -1, 1]]), "prev"),
+    (lambda m, s: m.logits(np.zeros((3, 3), int), s), "slots"),
+    (lambda m, s: m.logits(np.zeros((1, 3), int), mil.State(mil.random(BASE), 1, 9)), "another model"),
+    (lambda m, s: s.commit([1, 1]), "pending"),
+    (lambda m, s: s.commit([0]), "n"),
+    (lambda m, s: s.copy(0, 2), "rows"),
+    (lambda m, s: m.loss([[1, 2]], [[1, 61]]), "targets"),
+    (lambda m, s: m.loss([[1, 2]], [[1]]), "shape"),
+    (lambda m, s: m.loss([[1]], [[1]], kl=1.0), "teacher"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=m), "teacher"),
+    (lambda m, s: m.loss([[1]], [[1]], kind="sideways"), "kind"),
+    (lambda m, s: m.loss([[1]], [[1]], temperature=0.0), "temperature"),
+    (lambda m, s: m.get("model.norm"), "model.norm"),
+    (lambda m, s: m.set("model.norm.weight", np.zeros(5, np.float32)), "shape"),
+    (lambda m, s: m.set("model.norm.weight", np.zeros(24, np.int64)), "float32"),
+    (lambda m, s: m.grad("model.norm.weight"), "gradient"),
+    (lambda m, s: m.step(1e-3), "gradients"),
+    (lambda m, s: m.trainable(["*nothing*"]), "pattern"),
+    (lambda m, s: mil.State(m, 0, 5), "positive"),
+])
+def test_bad_input_is_a_sentence(call, sentence):
+    model = mil.random(HYBRIDS["mamba2 hybrid"])
+    state = mil.State(model, 2, 40)
+    with pytest.raises(ValueError, match=sentence):
+        call(model, state)
+    assert state.pos.tolist() == [0, 0]
+
+
+def test_freeze_mask_and_copy_on_write():
+    teacher = build("transformer")
+    student = mil.convert(teacher, [1, 2], seed=3)
+    chosen = student.trainable(["*mamba*"])
+    assert chosen and all("mamba" in name for name in chosen)
+    before = {name: student.raw(name) for name in student.names}
+    original = {name: teacher.raw(name) for name in teacher.names}
+    ids = tokens(2, 40)
+    student.loss(ids[:, :-1], ids[:, 1:], teacher, 0.1, 1.0, backward=True)
+    with pytest.raises(ValueError, match="frozen"):
+        student.grad("model.norm.weight")
+    student.step(1e-2)
+    for name in student.names:
+        assert np.array_equal(student.raw(name), before[name]) != (name in chosen), name
+    assert all(np.array_equal(teacher.raw(name), original[name]) for name in original)
+
+
+def test_frozen_gradients_do_not_change_the_others():
+    model, ids = build("mamba2 hybrid"), tokens(2, 40)
+    model.loss(ids[:, :-1], ids[:, 1:], backward=True)
+    full = {name: model.grad(name) for name in model.names}
+    for name in model.trainable(["*layers.2*", "lm_head*"]):
+        model.zero_grad()
+        model.loss(ids[:, :-1], ids[:, 1:], backward=True)
+        assert np.array_equal(model.grad(name), full[name]), name
