@@ -112,7 +112,8 @@ static void gather(real *dst, const real *src, const size_t *row, size_t n, size
 
 /* dh NULL: the losses alone */
 static void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
-                    Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+                    Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
+                    size_t K) {
   memset(ce, 0, M * sizeof *ce);
   memset(kl, 0, M * sizeof *kl);
   if (dh) memset(dh, 0, M * C * sizeof *dh);

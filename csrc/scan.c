@@ -7,7 +7,10 @@
 #include "gemm.h"
 #include "ops.h"
 
-enum { CHUNK = PENDING }; /* tokens staged at a time; a tree fits in one */
+enum {
+  CHUNK = 8, /* tokens staged at a time, and from one of backward's checkpoints to the next */
+  TILE = 8   /* groups that go through time side by side, so that a chunk reads its rows by more than a cache line */
+};
 static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 typedef struct {
@@ -30,14 +33,15 @@ typedef struct {
   float *part_A, *part_D, *part_bias; /* (B,D,N), (B,D), (B,D): parameter gradients by row of the batch */
 } Scan;
 
-/* Where channels c .. c+width of block k, row b, stand, and the staged tokens, each a row of LANES; lanes past width hold 0. */
+/* Channels c .. c+width of block k, row b: what holds for all tokens. Staged tokens are rows of LANES; lanes past width hold 0. */
 typedef struct {
   size_t b, k, c, width, size;                  /* size = N*LANES, one matrix */
-  float *A, *S, *zero, *dS, *dA;                /* A = -exp(A_log) log2(e), so that the decay is 2^(d A) */
-  float *states, *decays, *checkpoints, *B, *C; /* CHUNK+1, CHUNK, any number of matrices; CHUNK rows of N */
-  float x[CHUNK * LANES], v[CHUNK * LANES], d[CHUNK * LANES], u[CHUNK * LANES], y[CHUNK * LANES], z[CHUNK * LANES];
+  float *A, *S;                                 /* A = -exp(A_log) log2(e), so that the decay is 2^(d A) */
+  float *zero, *dS, *dA;                        /* from here on shared by the groups of a tile */
+  float *states, *decays, *checkpoints, *B, *C; /* PENDING, CHUNK, any number of matrices; CHUNK rows of N */
+  float *x, *v, *d, *u, *y, *z;                 /* CHUNK rows */
   float bias[LANES], skip[LANES];
-} __attribute__((aligned(64))) Group;
+} Group;
 
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
@@ -90,18 +94,18 @@ static void store_lanes(float *to, const float *from, size_t stride, size_t n, s
 /* ---- groups --------------------------------------------------------------------------------------------------------- */
 
 static size_t share_of(size_t N, size_t checkpoints) {
-  return ((5 + CHUNK + 1 + CHUNK + checkpoints) * N * LANES + 2 * CHUNK * N + 15) / 16 * 16;
+  return ((2 * TILE + 3 + PENDING + CHUNK + checkpoints) * N * LANES + CHUNK * (6 * LANES + 2 * N) + 15) / 16 * 16;
 }
 
 static void group_memory(Group *g, const Scan *s, size_t worker) {
   float *p = s->scratch + worker * s->share;
-  g->size = s->N * LANES;
-  g->A = p, g->S = p + g->size, g->zero = p + 2 * g->size, g->dS = p + 3 * g->size, g->dA = p + 4 * g->size;
-  g->states = p + 5 * g->size;
-  g->decays = g->states + (CHUNK + 1) * g->size;
-  g->B = g->decays + CHUNK * g->size, g->C = g->B + CHUNK * s->N;
-  g->checkpoints = g->C + CHUNK * s->N;
-  memset(g->zero, 0, g->size * sizeof(float));
+  const size_t size = s->N * LANES, row = CHUNK * LANES;
+  *g = (Group){.size = size, .zero = p, .dS = p + size, .dA = p + 2 * size, .states = p + 3 * size};
+  g->decays = g->states + PENDING * size;
+  g->A = g->decays + CHUNK * size, g->S = g->A + TILE * size, p = g->S + TILE * size;
+  g->x = p, g->v = p + row, g->d = p + 2 * row, g->u = p + 3 * row, g->y = p + 4 * row, g->z = p + 5 * row, p += 6 * row;
+  g->B = p, g->C = p + CHUNK * s->N, g->checkpoints = p + 2 * CHUNK * s->N;
+  memset(g->zero, 0, size * sizeof(float));
 }
 
 static void load_matrix(float *to, const float *from, size_t c, const Group *g, size_t N) { /* (D,N) from row c on */
@@ -138,6 +142,18 @@ static void stage_call(Group *g, const Scan *s, size_t t, size_t n) {
   }
   for (size_t i = 0; i < n * LANES; i++) g->d[i] = softplus(g->v[i]);
   for (size_t i = 0; i < n * LANES; i++) g->u[i] = g->d[i] * g->x[i];
+}
+
+/* Rows of one group lie D apart, too far for the hardware to foresee: ask for token t's while an earlier chunk computes. */
+static void prefetch_call(const Group *g, const Scan *s, size_t t) {
+  if (t >= s->T) return;
+  const size_t at = (g->b * s->T + t) * s->D + g->c;
+  __builtin_prefetch(s->x + at);
+  __builtin_prefetch(s->dt + at);
+  __builtin_prefetch(s->C + at);
+  if (s->z) __builtin_prefetch(s->z + at);
+  if (s->y) __builtin_prefetch(s->y + at, 1);
+  if (s->dy) __builtin_prefetch(s->dy + at);
 }
 
 /* S'[n] = 2^(d A[n]) S[n] + u B[n];  y = sum_n C[n] S'[n].   y, d, u (LANES)  to = S', from = S, A, decay (N,LANES)
@@ -209,40 +225,42 @@ static void finish(Group *g, const Scan *s, const Past *p, size_t t, size_t n) {
   }
 }
 
-static void forward_group(Group *g, const Scan *s, const Past *p) {
+/* The positions at .. at+n, which lie on one side of pos and of mark. */
+static void forward_chunk(Group *g, const Scan *s, const Past *p, size_t at, size_t n) {
+  const int mine = at >= p->pos; /* the call's tokens t .. t+n, not the ring's */
+  const size_t t = mine ? at - p->pos : 0, N = s->N;
   const float *last = g->S;
-  size_t end = p->pos + s->T;
-  for (size_t at = p->begin, n; at < end; at += n) {
-    size_t stop = at < p->pos ? p->pos : end;
-    n = min(CHUNK, (at < p->mark ? min(stop, p->mark) : stop) - at);
-    size_t t = at - p->pos; /* of the call's tokens */
-    if (at < p->pos)
-      stage_ring(g, s, p, at, n);
-    else
-      stage_call(g, s, t, n);
-    for (size_t i = 0; i < n; i++) {
-      int32_t before = at >= p->pos && p->prev ? p->prev[t + i] : -1;
-      const float *from = before == -2 ? g->zero : p->tree && before >= 0 ? g->states + before * g->size : g->S;
-      float *to = p->tree && at >= p->pos ? g->states + (t + i) * g->size : g->S;
-      advance(g->y + i * LANES, to, g->decays, from, g->A, g->d + i * LANES, g->u + i * LANES, g->B + i * s->N,
-              g->C + i * s->N, s->N);
-      last = to;
-    }
-    if (at >= p->pos) finish(g, s, p, t, n);
-    if (s->state && at + n == p->mark) transpose(s->state + (p->slot * s->D + g->c) * s->N, s->N, last, LANES, s->N, g->width);
+  if (mine)
+    stage_call(g, s, t, n);
+  else
+    stage_ring(g, s, p, at, n);
+  for (size_t i = 0; i < n; i++) {
+    const int32_t before = mine && p->prev ? p->prev[t + i] : -1;
+    const float *from = before == -2 ? g->zero : p->tree && before >= 0 ? g->states + before * g->size : g->S;
+    float *to = mine && p->tree ? g->states + (t + i) * g->size : g->S;
+    if (mine) prefetch_call(g, s, t + CHUNK + i);
+    advance(g->y + i * LANES, to, g->decays, from, g->A, g->d + i * LANES, g->u + i * LANES, g->B + i * N, g->C + i * N, N);
+    last = to;
   }
+  if (mine) finish(g, s, p, t, n);
+  if (s->state && at + n == p->mark) transpose(s->state + (p->slot * s->D + g->c) * N, N, last, LANES, N, g->width);
 }
 
-static void forward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, block) */
+static void forward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, block, lane group) */
   const Scan *s = arg;
-  const size_t K = s->D / s->N;
-  Group g;
-  group_memory(&g, s, worker);
-  for (size_t item = begin; item < end; item++) {
-    Past p = past_of(s, item / K);
-    for (size_t lane = 0; lane < s->N; lane += LANES) {
-      group_begin(&g, s, item / K, item % K, lane, s->state, p.slot);
-      forward_group(&g, s, &p);
+  const size_t lanes = (s->N + LANES - 1) / LANES, row = s->D / s->N * lanes;
+  Group g[TILE];
+  group_memory(g, s, worker);
+  for (size_t q = 1; q < TILE; q++) g[q] = g[0], g[q].A += q * g->size, g[q].S += q * g->size;
+  for (size_t item = begin, groups; item < end; item += groups) {
+    const Past p = past_of(s, item / row);
+    groups = p.tree ? 1 : min(TILE, min(end, (item / row + 1) * row) - item);
+    for (size_t q = 0, i = item % row; q < groups; q++, i++)
+      group_begin(g + q, s, item / row, i / lanes, i % lanes * LANES, s->state, p.slot);
+    for (size_t at = p.begin, n; at < p.pos + s->T; at += n) {
+      const size_t stop = at < p.pos ? p.pos : p.pos + s->T;
+      n = min(CHUNK, (at < p.mark ? min(stop, p.mark) : stop) - at);
+      for (size_t q = 0; q < groups; q++) forward_chunk(g + q, s, &p, at, n);
     }
   }
 }
@@ -266,7 +284,7 @@ void selective_scan_forward(real *y, float *state, Ring ring, const real *x, con
   if (!B || !T || !D || !N || !J) return;
   s.scratch = device_scratch(workers() * s.share * sizeof(float));
   if (!s.scratch) return;
-  parallel(forward_range, &s, B * (D / N), 20.0 * (T + 2) * N * N);
+  parallel(forward_range, &s, B * (D / N) * ((N + LANES - 1) / LANES), 20.0 * (T + 2) * N * min(N, LANES));
   if (state && ring.x) parallel(ring_B, &s, B, (double)min(T, PENDING) * J * N);
 }
 

@@ -13,7 +13,7 @@
 #include "gemm.h"
 #include "ops.h"
 
-enum { CHUNK = 16, RING = SSD_RING + PENDING, PAST = RING + PENDING };
+enum { CHUNK = 16, HEADS = 4, RING = SSD_RING + PENDING, PAST = RING + PENDING };
 static const float NEVER = -1e4f; /* a logarithm of 0 */
 
 typedef struct {
@@ -25,7 +25,8 @@ typedef struct {
   Rows rows;
   size_t B, T, H, G, P, N;
   float *scratch, *partial;
-  size_t each; /* floats of scratch a worker */
+  size_t heads; /* that a worker of a sequence takes at once, at most HEADS */
+  size_t each;  /* floats of scratch a worker */
 } Ssd;
 
 static size_t min_(size_t a, size_t b) { return a < b ? a : b; }
@@ -68,30 +69,27 @@ static void load_d(float *d, const Ssd *s, size_t b, size_t h, size_t t0, size_t
   softplus_chunk(d);
 }
 
-/* out[r] = row[r] . c over N, r < m; out is written up to a multiple of LANES. */
-static __attribute__((noinline)) void dots(float *out, const float *const *row, size_t m, const float *c, size_t N) {
-  size_t body = N / LANES * LANES;
-  for (size_t r0 = 0; r0 < m; r0 += LANES) {
-    vec acc[LANES];
-    for (size_t r = 0; r < LANES; r += 4) {
-      vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0};
-      if (r0 + r < m) {
-        const float *p0 = row[r0 + r], *p1 = row[min_(r0 + r + 1, m - 1)], *p2 = row[min_(r0 + r + 2, m - 1)],
-                    *p3 = row[min_(r0 + r + 3, m - 1)];
-        for (size_t n = 0; n < body; n += LANES) {
-          vec v = vec_load(c + n);
-          a0 += v * vec_load(p0 + n);
-          a1 += v * vec_load(p1 + n);
-          a2 += v * vec_load(p2 + n);
-          a3 += v * vec_load(p3 + n);
-        }
-      }
-      acc[r] = a0, acc[r + 1] = a1, acc[r + 2] = a2, acc[r + 3] = a3;
-    }
-    vec_store(out + r0, sum_lanes(acc));
+/* Lane i*J + j: a[i] . b[j] over N, J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
+static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b, size_t N) {
+  const int J = LANES / I;
+  vec acc[LANES];
+  size_t n = 0;
+#pragma GCC unroll 16
+  for (int q = 0; q < LANES; q++) acc[q] = (vec){0};
+  for (; n + LANES <= N; n += LANES) {
+#pragma GCC unroll 16
+    for (int q = 0; q < LANES; q++) acc[q] += vec_load(a[q / J] + n) * vec_load(b[q % J] + n);
   }
-  for (size_t n = body; n < N; n++)
-    for (size_t r = 0; r < m; r++) out[r] += row[r][n] * c[n];
+  vec sum = sum_lanes(acc), tail;
+  for (; n < N; n++, sum += tail)
+    for (int q = 0; q < LANES; q++) tail[q] = a[q / J][n] * b[q % J][n];
+  return sum;
+}
+
+/* out[r] = row[r] . c over N, r < m; out and row have room up to a multiple of LANES. */
+static __attribute__((noinline)) void dots(float *out, const float **row, size_t m, const float *c, size_t N) {
+  for (size_t r = m; r % LANES; r++) row[r] = row[0];
+  for (size_t r = 0; r < m; r += LANES) vec_store(out + r, dot_block(1, &c, row + r, N));
 }
 
 /* ---- chunks ------------------------------------------------------------------------------------------------------- */
@@ -126,18 +124,28 @@ static void decay(Decay *k, float A, size_t n) {
 }
 
 /* out[t,s] = a_t . b_s for s <= t < n, over K; above the diagonal finite or 0.   out (CHUNK,CHUNK) */
-static void causal_dots(float *out, const float *a, size_t lda, const float *b, size_t ldb, size_t n, size_t K) {
-  const float *row[CHUNK];
-  for (size_t t = 0; t < n; t++) {
-    row[t] = b + t * ldb;
-    memset(out + t * CHUNK, 0, CHUNK * sizeof *out);
-    dots(out + t * CHUNK, row, t + 1, a + t * lda, K);
-  }
+static __attribute__((noinline)) void causal_dots(float *out, const float *a, size_t lda, const float *b, size_t ldb, size_t n,
+                                                  size_t K) {
+  enum { I = 4, J = LANES / I };
+  memset(out, 0, CHUNK * CHUNK * sizeof *out);
+  for (size_t t = 0; t < n; t += I)
+    for (size_t s = 0; s < min_(t + I, n); s += J) {
+      const float *at[I], *bs[J];
+      float q[LANES];
+      for (size_t i = 0; i < I; i++) at[i] = a + min_(t + i, n - 1) * lda;
+      for (size_t j = 0; j < J; j++) bs[j] = b + min_(s + j, n - 1) * ldb;
+      vec_store(q, dot_block(I, at, bs, K));
+      for (size_t i = 0; i < I; i++) memcpy(out + (t + i) * CHUNK + s, q + i * J, J * sizeof *q);
+    }
 }
 
-/* y of one chunk; S (N,P) NULL: zero */
+static void prefetch(const float *p, size_t n) {
+  for (size_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
+/* y of one chunk, while the rows of `ahead` tokens after it, which lie far apart, are fetched; S (N,P) NULL: zero */
 static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, const real *Bm, const real *C, const float *S,
-                         float D, size_t n) {
+                         float D, size_t n, size_t ahead) {
   size_t ldx = s->G * s->P, ldB = s->G * s->N, ldC = s->H * s->N, ldy = s->H * s->P;
   float M[CHUNK * CHUNK];
   causal_dots(M, C, ldC, Bm, ldB, n, s->N);
@@ -145,10 +153,16 @@ static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, c
     for (size_t i = 0; i < CHUNK; i++) M[t * CHUNK + i] *= k->L[t * CHUNK + i] * k->d[i];
     M[t * CHUNK + t] += D;
   }
-  if (S) gemm(y, ldy, C, ldC, 1, S, s->P, n, s->P, s->N, 0);
-  for (size_t t = 0; t < n; t += TILE_ROWS) { /* columns after the diagonal are zero */
+  for (size_t t = 0; t < n; t += TILE_ROWS) {
     size_t m = min_(TILE_ROWS, n - t);
-    gemm_scaled(y + t * ldy, ldy, S ? k->e + t : NULL, 1, M + t * CHUNK, CHUNK, 1, x, ldx, m, s->P, t + m);
+    for (size_t i = t; i < t + m && i < ahead; i++) {
+      prefetch(x + (n + i) * ldx, s->P);
+      prefetch(Bm + (n + i) * ldB, s->N);
+      prefetch(C + (n + i) * ldC, s->N);
+      prefetch(y + (n + i) * ldy, s->P);
+    }
+    if (S) gemm(y + t * ldy, ldy, C + t * ldC, ldC, 1, S, s->P, m, s->P, s->N, 0);
+    gemm_scaled(y + t * ldy, ldy, S ? k->e + t : NULL, 1, M + t * CHUNK, CHUNK, 1, x, ldx, m, s->P, t + m); /* then zeros */
   }
 }
 
@@ -159,40 +173,49 @@ static void chunk_state(const Ssd *s, const Decay *k, float *S, int live, const 
   gemm_scaled(S, s->P, live ? &k->last : NULL, 0, Bm, 1, s->G * s->N, wx, s->P, s->N, s->P, n);
 }
 
-/* A head's tokens from the state's position on: those in the ring, then this call's. */
-static void sequence(const Ssd *s, size_t b, size_t h, float *scratch) {
+/* One head's tokens at positions q .. stop, which lie either before or after pos. S (N,P), live 0: zero. */
+static void sequence_chunk(const Ssd *s, const Span *p, size_t b, size_t h, size_t q, size_t stop, float *S, float *wx, int live) {
+  size_t P = s->P, N = s->N, g = h / (s->H / s->G), t = q - p->pos, n = stop - q, end = p->pos + s->T;
+  int old = q < p->pos;
+  size_t row = old ? p->slot * RING + q % RING : b * s->T + t;
+  const real *x = (old ? s->ring.x : s->x) + (row * s->G + g) * P, *Bm = (old ? s->ring.B : s->Bm) + (row * s->G + g) * N;
+  Decay k;
+  if (!old) load_d(k.d, s, b, h, t, n);
+  for (size_t i = 0; i < n; i++) {
+    float ring = old ? s->ring.dt[(row + i) * s->H + h] : 0;
+    if (old) k.d[i] = fabsf(ring);
+    k.start[i] = old ? signbit(ring) != 0 : starts(s, b, t + i);
+  }
+  decay(&k, exp_(s->A_log[h]), n);
+  if (!old)
+    chunk_output(s, &k, s->y + (row * s->H + h) * P, x, Bm, s->C + (row * s->H + h) * N, live ? S : NULL,
+                 s->Dskip ? s->Dskip[h] : 0, n, end - stop);
+  if (stop < end || (s->state && stop == p->checkpoint)) chunk_state(s, &k, S, live, x, Bm, wx, n);
+}
+
+/* The tokens of heads h0 .. h0+heads from the state's position on: those in the ring, then this call's. Heads take turns at
+ * a chunk because their rows lie side by side. */
+static void sequence(const Ssd *s, size_t b, size_t h0, size_t heads, float *scratch) {
   Span p = span(s, b);
-  size_t P = s->P, N = s->N, g = h / (s->H / s->G), end = p.pos + s->T, n;
-  float A = exp_(s->A_log[h]), D = s->Dskip ? s->Dskip[h] : 0;
-  float *S = scratch, *wx = S + round_up(N * P), *state = s->state ? s->state + (p.slot * s->H + h) * P * N : NULL;
+  size_t P = s->P, N = s->N, size = round_up(N * P), end = p.pos + s->T, stop;
+  float *S = scratch, *wx = S + HEADS * size, *state = s->state ? s->state + (p.slot * s->H + h0) * P * N : NULL;
   int live = state != NULL;
-  if (live) transpose(S, P, state, N, P, N);
-  for (size_t q = p.begin; q < end; q += n) {
-    int old = q < p.pos;
-    size_t stop = old ? min_(p.pos, q + SSD_RING) : min_(end, q + CHUNK), t = q - p.pos;
+  for (size_t i = 0; state && i < heads; i++) transpose(S + i * size, P, state + i * P * N, N, P, N);
+  for (size_t q = p.begin; q < end; q = stop, live = 1) {
+    stop = q < p.pos ? min_(p.pos, q + SSD_RING) : min_(end, q + CHUNK);
     if (q < p.checkpoint) stop = min_(stop, p.checkpoint);
-    n = stop - q;
-    size_t row = old ? p.slot * RING + q % RING : b * s->T + t;
-    const real *x = (old ? s->ring.x : s->x) + (row * s->G + g) * P, *Bm = (old ? s->ring.B : s->Bm) + (row * s->G + g) * N;
-    Decay k;
-    if (!old) load_d(k.d, s, b, h, t, n);
-    for (size_t i = 0; i < n; i++) {
-      float ring = old ? s->ring.dt[(row + i) * s->H + h] : 0;
-      if (old) k.d[i] = fabsf(ring);
-      k.start[i] = old ? signbit(ring) != 0 : starts(s, b, t + i);
-    }
-    decay(&k, A, n);
-    if (!old)
-      chunk_output(s, &k, s->y + (row * s->H + h) * P, x, Bm, s->C + (row * s->H + h) * N, live ? S : NULL, D, n);
-    if (stop < end || (state && stop == p.checkpoint)) chunk_state(s, &k, S, live, x, Bm, wx, n);
-    live = 1;
-    if (state && stop == p.checkpoint) transpose(state, N, S, P, N, P);
+    for (size_t i = 0; i < heads; i++) sequence_chunk(s, &p, b, h0 + i, q, stop, S + i * size, wx, live);
+    for (size_t i = 0; state && stop == p.checkpoint && i < heads; i++) transpose(state + i * P * N, N, S + i * size, P, N, P);
   }
 }
 
 static void sequence_range(void *arg, size_t begin, size_t end, size_t worker) {
   const Ssd *s = arg;
-  for (size_t i = begin; i < end; i++) sequence(s, i / s->H, i % s->H, s->scratch + worker * s->each);
+  size_t blocks = (s->H + s->heads - 1) / s->heads;
+  for (size_t i = begin; i < end; i++) {
+    size_t h = i % blocks * s->heads;
+    sequence(s, i / blocks, h, min_(s->heads, s->H - h), s->scratch + worker * s->each);
+  }
 }
 
 /* ---- replay ------------------------------------------------------------------------------------------------------- */
@@ -297,7 +320,7 @@ static void replay_token(const Replay *r, size_t t, const float *inter) {
   const Ssd *s = r->s;
   const int *list = r->past->list[t], n = r->past->length[t];
   size_t P = s->P, N = s->N, row = (r->b * s->T + t) * s->H + r->h, p = 0;
-  const real *x[SSD_RING], *Bm[SSD_RING];
+  const real *x[SSD_RING], *Bm[CHUNK];
   real *y = s->y + row * P;
   float w[CHUNK], k[CHUNK], e = run_decay(r, w, list, n);
   for (int j = 0; j < n; j++) {
@@ -402,10 +425,13 @@ void ssd_forward(real *y, float *state, Ring ring, const real *x, const real *dt
            .rows = rows, .B = B, .T = T, .H = H, .G = G, .P = P, .N = N};
   if (!B || !T || !H) return;
   if (state) s.ring = ring;
-  s.each = round_up(P * N) + CHUNK * (round_up(P) + round_up(N)) + PENDING * round_up(P);
+  s.each = HEADS * round_up(P * N) + CHUNK * (round_up(P) + round_up(N)) + PENDING * round_up(P);
   s.scratch = device_scratch(workers() * s.each * sizeof(float));
   if (!s.scratch) return;
-  parallel(state && T <= PENDING ? replay_range : sequence_range, &s, B * H, 4.0 * (double)(T * P * N));
+  double work = 4.0 * (double)(T * P * N);
+  s.heads = B * H < 4 * HEADS * workers() ? 1 : HEADS;
+  if (state && T <= PENDING) parallel(replay_range, &s, B * H, work);
+  else parallel(sequence_range, &s, B * ((H + s.heads - 1) / s.heads), work * (double)s.heads);
   if (s.ring.x) parallel(remember_range, &s, B * T, (double)(G * (P + N)));
 }
 

@@ -12,7 +12,11 @@ def main(argv=None):
     """Runs one command; -> the exit code."""
     parser = _parser()
     try:
-        args = parser.parse_args(argv)
+        args, rest = parser.parse_known_args(argv)
+        if any(word.startswith("-") for word in rest) or rest and "prompts" not in args:
+            parser.error("unrecognized arguments: " + " ".join(rest))
+        if rest:  # argparse takes no more positionals once options have come between
+            args.prompts += rest
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -100,7 +104,7 @@ def _parser():
     form.add_argument("--ids", action="store_true", help="each prompt is token ids: \"1 5 3\"")
     p.add_argument("--stop", action="append", metavar="TEXT", help="end where this appears; may be repeated")
     p.add_argument("--json", action="store_true", help="one JSON object a prompt: text, tokens, finish")
-    p.add_argument("--batch", type=int, help="prompts decoded side by side (default: 32)")
+    p.add_argument("--batch", type=int, metavar="N", help="prompts decoded side by side (default: 32)")
     _sampling(p, 64, 0.0)
     dtype(p)
 
@@ -129,14 +133,14 @@ def _training(p):
 
 def _sampling(p, max_new_tokens, temperature):
     add = p.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default: {max_new_tokens})")
-    add("--temperature", type=float, default=temperature, help=f"0: the likeliest token (default: {temperature})")
-    add("--top-k", type=int, default=0, help="the k likeliest tokens only (default: 0, all)")
-    add("--top-p", type=float, default=1.0, help="the smallest set of this probability only (default: 1)")
-    add("--min-p", type=float, default=0.0, help="tokens this likely beside the likeliest only (default: 0)")
-    add("--seed", type=int, default=0)
+    add("--max-new-tokens", type=int, metavar="N", default=max_new_tokens, help=f"(default: {max_new_tokens})")
+    add("--temperature", type=float, metavar="X", default=temperature, help=f"0: the likeliest token (default: {temperature})")
+    add("--top-k", type=int, metavar="K", default=0, help="the k likeliest tokens only (default: 0, all)")
+    add("--top-p", type=float, metavar="X", default=1.0, help="the smallest set of this probability only (default: 1)")
+    add("--min-p", type=float, metavar="X", default=0.0, help="tokens this likely beside the likeliest only (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
     add("--draft", metavar="FOLDER", help="a smaller model of the same vocabulary that proposes tokens")
-    add("--lookahead", type=int, default=4, help="tokens that the draft proposes a round (default: 4)")
+    add("--lookahead", type=int, metavar="K", default=4, help="tokens that the draft proposes a round (default: 4)")
 
 
 def _numbers(text):
@@ -162,8 +166,8 @@ def _note(*words):
 
 
 def _demo(args):
-    from . import demo
-    demo.demo(out=args.out, device=args.device, seed=args.seed)
+    from .demo import demo
+    demo(out=args.out, device=args.device, seed=args.seed)
 
 
 def _convert(args):
@@ -176,8 +180,8 @@ def _convert(args):
 
 
 def _recipe(args):
-    """The recipe file with --set's keys over it; the called function checks it."""
-    from .recipe import read_recipe
+    """The recipe file with --set's keys over it, checked before any model is loaded."""
+    from .recipe import load_recipe, read_recipe
     recipe = read_recipe(args.recipe) if args.recipe else {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{args.recipe}: a recipe is a mapping of keys to values")
@@ -186,6 +190,7 @@ def _recipe(args):
         if not equals:
             raise ValueError(f"--set {item}: expected KEY=VALUE")
         recipe[key] = _value(value)
+    load_recipe(recipe)
     return recipe
 
 
@@ -208,9 +213,10 @@ def _train(args):
     import mambainllama as mil
     recipe = _recipe(args)
     if args.model.endswith(".json"):
-        config = json.loads(Path(args.model).read_text())
-        model = mil.random(config, seed=recipe.get("seed", 0), device=args.device, dtype=args.dtype)
-        model.tokenizer = mil.Tokenizer(args.tokenizer) if args.tokenizer else None
+        from .config import read_json
+        from .tokenizer import Tokenizer
+        model = mil.random(read_json(args.model), seed=recipe.get("seed", 0), device=args.device, dtype=args.dtype)
+        model.tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     else:
         model = _load(args.model, args)
     _report(mil.train(model, args.data, recipe, out=args.out), model)
@@ -307,7 +313,7 @@ def _info(args):
                     + (f" (windows of {found['window']} tokens)" if found["window"] else "")
                     + f", {_bytes(found['state_bytes_per_sequence'])} of state a sequence (float32)",
         "vocabulary": f"{found['vocab_size']:,} tokens, stop tokens: {stops}",
-        "tokenizer": {None: "none: prompts are token ids", False: "yes, without a chat template", True: "yes, with a chat template"}[
+        "tokenizer": {None: "none: prompts are token ids", False: "without a chat template", True: "with a chat template"}[
             found["chat_template"]],
     }
     for name, value in lines.items():

@@ -38,7 +38,7 @@ def describe(folder):
         "parameters": sum(prod(array.shape) for array in tensors.values()), "bytes": stored, **memory(arch),
         "vocab_size": arch["vocab"], "stop_tokens": stop_tokens(folder),
         "chat_template": tokenizer and tokenizer._template is not None,
-        "files": {entry.name: entry.stat().st_size for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_file()},
+        "files": {name: size for name, size in sorted((e.name, e.stat().st_size) for e in os.scandir(folder) if e.is_file())},
     }
 
 

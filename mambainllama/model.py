@@ -20,7 +20,11 @@ def _int32(values, name):
 
 def _rows(value, name, count):
     """None, or an int32 array with one entry a row; a plain integer is meant for every row."""
-    return None if value is None else np.ascontiguousarray(np.broadcast_to(_int32(value, name), (count,)))
+    if value is None:
+        return None
+    if np.shape(value) not in ((), (count,)):
+        raise ValueError(f"argument {name!r} must be an integer or have {count} entries, got shape {np.shape(value)}")
+    return _int32(np.broadcast_to(value, (count,)), name)
 
 
 class Model:

@@ -4,6 +4,7 @@ Template source: transformers utils/chat_template_utils.py. A template is a prog
 immutable sandbox and sees plain data only."""
 import json
 import os
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -42,12 +43,8 @@ class Tokenizer:
         if not path.exists():
             raise ValueError(f"{folder} has no tokenizer.json")
         content = read_file(path)
-        try:
+        with _refusing(f"{path} is not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # the package raises bare Exceptions, and a panic of its Rust is not even one
-            raise ValueError(f"{path} is not a tokenizer: {error}") from None
         self._tokenizer.no_truncation()  # settings of a training run, which transformers leaves out too
         self._tokenizer.no_padding()
         self._settings, self._template = _chat_settings(Path(folder))
@@ -65,17 +62,13 @@ class Tokenizer:
     def _encode(self, text, add_special_tokens):
         if not isinstance(text, str):
             raise ValueError(f"encode takes a string, not {type(text).__name__}")
-        try:
+        with _refusing("the text cannot be encoded"):  # a lone surrogate, a model without a token for unknown text
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # a lone surrogate, a model without a token for unknown text
-            raise ValueError(f"the text cannot be encoded: {error}") from None
 
     def decode(self, ids, skip_special_tokens=True):
         """The string of token ids; ids that the tokenizer does not know give nothing."""
-        try:
+        with _refusing("decode takes a list of token ids"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-        except (TypeError, OverflowError, ValueError):
-            raise ValueError(f"decode takes a list of token ids, not {show(ids)}") from None
 
     def stream(self):
         """A Stream: text of ids that come one at a time."""
@@ -175,6 +168,17 @@ class Stream:
         del self.ids[: self.given]
         self.given = len(self.ids)
         return text[len(before) :]
+
+
+@contextmanager
+def _refusing(sentence):
+    """ValueError for whatever the package raises: bare Exceptions, and panics of its Rust, which are not even those."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{sentence}: {' '.join(str(error).split())}") from None
 
 
 def _chat_settings(folder):

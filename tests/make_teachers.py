@@ -106,8 +106,10 @@ def tokenizer(folder):
                                                         show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     bpe.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "<|end|>"},
-                "pad_token": "<pad>", "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "pad_token": "<pad>",
+                "eos_token": {"__type": "AddedToken", "content": "<|end|>", "lstrip": False, "rstrip": False, "normalized": False,
+                              "single_word": False, "special": True},
+                "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 

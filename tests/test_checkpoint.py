@@ -296,6 +296,32 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("before, after", [(1 << 30, 1 << 30), (48, 48), (1 << 30, 48), (48, 1 << 30)])
+def test_killed_at_any_moment_the_old_or_the_new_weights_are_whole(tmp_path, before, after):
+    new = {name: np.asarray(array) + np.asarray(1).astype(np.asarray(array).dtype) for name, array in SOME.items()}
+    wholes = [bits({name: np.asarray(array) for name, array in tensors.items()}) for tensors in (SOME, new)]
+    seen = []
+    for moment in range(40):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        write_weights(folder / "model.safetensors", SOME, before)
+        child = os.fork()
+        if child == 0:  # dies, without cleaning up, at its moment-th system call on files
+            calls = [0]
+            for name in ("fsync", "replace", "unlink"):
+                def killed(*args, call=getattr(os, name), **kwargs):
+                    calls[0] += 1
+                    return os._exit(9) if calls[0] > moment else call(*args, **kwargs)
+                setattr(os, name, killed)
+            write_weights(folder / "model.safetensors", new, after)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        seen.append(wholes.index(bits(open_weights(folder))))
+        if status == 0:
+            break
+    assert status == 0 and seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and len(seen) > 4
+
+
 # ---- hostile files -----------------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +347,10 @@ def tensor(begin, end, dtype="F32", shape=None):
     (safetensors_file({"a": tensor(0, 4)}, bytes(8)), "describes"), (safetensors_file({"a": tensor(0, 8, shape=[1])}, bytes(8)), "needs 4"),
     (safetensors_file({"a": tensor(8, 0, shape=[2])}, bytes(8)), "offsets"), (safetensors_file({"a": tensor(-4, 0)}), "offsets"),
     (safetensors_file({"a": tensor(0, 4, shape=[-1])}, bytes(4)), "shape"), (safetensors_file({"a": tensor(0, 4, shape=[1.0])}), "shape"),
-    (safetensors_file({"a": tensor(0, 0, shape=[1 << 62, 4])}), "shape"), (safetensors_file({"a": tensor(0, 0, shape=[0, 1 << 61, 8])}), "shape"),
-    (safetensors_file({"a": tensor(0, 4, shape=[1] * 100)}, bytes(4)), "shape"), (safetensors_file({"a": tensor(0, 4, shape="1")}), "shape"),
+    (safetensors_file({"a": tensor(0, 0, shape=[1 << 62, 4])}), "shape"),
+    (safetensors_file({"a": tensor(0, 0, shape=[0, 1 << 61, 8])}), "shape"),
+    (safetensors_file({"a": tensor(0, 4, shape=[1] * 100)}, bytes(4)), "shape"),
+    (safetensors_file({"a": tensor(0, 4, shape="1")}), "shape"),
     (safetensors_file({"a": tensor(0, 4, "F31")}, bytes(4)), "F31"), (safetensors_file({"a": tensor(0, 4, ["F32"])}, bytes(4)), "dtype"),
     (safetensors_file({"x" * 100_000: tensor(0, 4, "F31")}, bytes(4)), "dtype"),
 ])
@@ -333,7 +361,8 @@ def test_hostile_safetensors(tmp_path, content, match):
 
 @pytest.mark.parametrize("index, match", [
     ("{", "not JSON"), ("{}", "weight_map"), ('{"weight_map": {"a": 3}}', "weight_map"), ('{"weight_map": {"a": "../x"}}', "same folder"),
-    ('{"weight_map": {"a": "/etc/passwd"}}', "same folder"), ('{"weight_map": {"a": "gone"}}', "gone"), ('{"weight_map": {"a": "\\u0000"}}', "same"),
+    ('{"weight_map": {"a": "/etc/passwd"}}', "same folder"), ('{"weight_map": {"a": "gone"}}', "gone"),
+    ('{"weight_map": {"a": "\\u0000"}}', "same folder"),
     ('{"weight_map": {"zzz": "one.safetensors"}}', "lacks the tensor 'zzz'"),
 ])
 def test_hostile_index(tmp_path, index, match):
@@ -380,7 +409,7 @@ class Bomb:
         return os.system, ("touch executed",)
 
 
-DEEP = b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."  # a key whose hash would recurse a million times
+DEEP = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s."  # a key whose hash would recurse a hundred thousand times
 HOSTILE_PICKLES = [
     (pickle.dumps({"a": Bomb()}, 2), "posix.system"), (pickle.dumps({"a": Bomb()}, 4), "posix.system"),
     (b"cos\nsystem\n(S'touch executed'\ntR.", "os.system"), (b"cbuiltins\neval\n.", "builtins.eval"), (b"(ios\nsystem\n.", "INST"),
@@ -388,13 +417,14 @@ HOSTILE_PICKLES = [
     (torch_pickle(function="collections\nOrderedDict\n"), "OrderedDict"), (torch_pickle(function="torch\nFloatStorage\n"), "FloatStorage"),
     (torch_pickle(shape=(5,)), "within its storage"), (torch_pickle(offset=1), "within"), (torch_pickle(offset=-1), "within"),
     (torch_pickle(strides=(2,)), "within"), (torch_pickle(strides=(-1,)), "within"), (torch_pickle(strides=(1, 1)), "within"),
-    (torch_pickle(shape=(1 << 60,), strides=(0,)), "within"), (torch_pickle(shape=(-4,)), "within"), (torch_pickle(strides=(1 << 61,)), "within"),
+    (torch_pickle(shape=(1 << 60,), strides=(0,)), "within"), (torch_pickle(shape=(-4,)), "within"),
+    (torch_pickle(strides=(1 << 61,)), "within"),
     (torch_pickle(numel=5), "too short"), (torch_pickle(numel=-1), "too short"), (torch_pickle(numel=1 << 62), "too short"),
     (torch_pickle(key="1"), "missing"), (torch_pickle(key="../../x"), "missing"), (torch_pickle(kind="HalfStorage", numel=9), "too short"),
     (DEEP, "keys"), (b"", "damaged"), (b".", "damaged"), (b"\x80\x02]q\x00h\x00a.", "list"), (b"}(K\x01K\x02u.", "keys"), (b"N.", "None"),
-    (b"}r\xff\xff\xff\x7f.", "no tensors"), (b"\x80\x04\x8d" + b"\xff" * 8, "damaged"), (b"\x8e\xff\xff\xff\xff\xff\xff\xff\x0f.", "damaged"),
-    (b"\x96" + b"\xff" * 7 + b"\x0f.", "damaged"), (b"h\x05.", "damaged"), (b"t.", "damaged"), (b"R.", "damaged"), (b"I" + b"9" * 9999 + b"\n.", "damaged"),
-    (b"}X\x01\x00\x00\x00aK\x01s.", "not a tensor"),
+    (b"}r\xff\xff\xff\x7f.", "no tensors"), (b"\x80\x04\x8d" + b"\xff" * 8, "damaged"), (b"\x8e" + b"\xff" * 7 + b"\x0f.", "damaged"),
+    (b"\x96" + b"\xff" * 7 + b"\x0f.", "damaged"), (b"h\x05.", "damaged"), (b"t.", "damaged"), (b"R.", "damaged"),
+    (b"I" + b"9" * 9999 + b"\n.", "damaged"), (b"}X\x01\x00\x00\x00aK\x01s.", "not a tensor"),
 ]
 
 
@@ -411,9 +441,11 @@ def test_hostile_pickles(tmp_path, monkeypatch, data, match):
 
 def test_pickles_that_are_sound(tmp_path):
     values = np.arange(4, dtype="f4")
-    for arguments, expected in [({}, values), ({"offset": 1, "shape": (3,)}, values[1:]), ({"shape": (2, 2), "strides": (1, 2)}, values.reshape(2, 2).T),
-                                ({"shape": (2, 1), "strides": (2, 1 << 61)}, values[::2, None]), ({"shape": (), "strides": ()}, values[0]),
-                                ({"shape": (0, 3), "strides": (3, 1), "offset": 4}, np.zeros((0, 3)))]:
+    for arguments, expected in [
+        ({}, values), ({"offset": 1, "shape": (3,)}, values[1:]), ({"shape": (2, 2), "strides": (1, 2)}, values.reshape(2, 2).T),
+        ({"shape": (2, 1), "strides": (2, 1 << 61)}, values[::2, None]), ({"shape": (), "strides": ()}, values[0]),
+        ({"shape": (0, 3), "strides": (3, 1), "offset": 4}, np.zeros((0, 3))),
+    ]:
         torch_zip(tmp_path / "pytorch_model.bin", torch_pickle(**arguments), {"0": values.tobytes()})
         np.testing.assert_array_equal(open_weights(tmp_path)["a"], expected)
     torch_zip(tmp_path / "pytorch_model.bin", torch_pickle(), {"0": values.tobytes(), "../byteorder": b""}, zipfile.ZIP_DEFLATED)
@@ -434,8 +466,8 @@ def test_damaged_files_are_refused_or_read(tmp_path, kind):
     whole = path.read_bytes()
     random = np.random.default_rng(0)
     cases = [whole[:n] for n in range(len(whole))]
-    for i in range(len(whole)):
-        for value in {whole[i] ^ 1, whole[i] ^ 128, 0, 255, int(random.integers(256))} - {whole[i]}:
+    for i in range(min(len(whole), 500)):  # the header, or the pickle; the rest is data or the archive's directory
+        for value in {whole[i] ^ 1, int(random.integers(256))} - {whole[i]}:
             cases.append(whole[:i] + bytes([value]) + whole[i + 1 :])
     refusals = 0
     for content in cases:
@@ -446,7 +478,7 @@ def test_damaged_files_are_refused_or_read(tmp_path, kind):
         except ValueError as error:
             refusals += 1
             assert "\n" not in str(error)
-    assert refusals > len(whole)
+    assert refusals > len(whole)  # every truncation, at least
 
 
 # ---- load and save -----------------------------------------------------------------------------------------------------------
@@ -526,7 +558,7 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     refused("embed_tokens.weight", load, folder)
     edit(folder, vocab_size=1 << 24, num_hidden_layers=10_000)  # nothing of that size is made
     edit(folder, "mamba_config.json", n_layer=10_000)
-    refused("lacks 'model.layers.4.* and 89[0-9]{3} more", load, folder)
+    refused("lacks 'model.layers.4.* and 1[0-9]{5} more", load, folder)
     edit(folder, vocab_size=61, num_hidden_layers=4)
     edit(folder, "mamba_config.json", n_layer=4)
     edit(folder, "mamba_config.json", attn_layers=[1])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_help_lists_the_commands(capsys):
     ["convert", "x", "y", "--attention", "0.5", "--mamba-layers", "1"], ["distill", "x", "y", "--out", "z", "--set", "stepz=1"],
     ["distill", "x", "y", "--out", "z", "--set", "steps"], ["train", "/nowhere.json", "y", "--out", "z", "--set", "steps=1"],
     ["distill", "x", "y", "--out", "z", "--recipe", "/nowhere.yaml"], ["chat", "/nowhere"], ["info", "/etc", "--device", "tpu"],
+    ["generate", "x", "--top", "1"], ["generate", "x", "--nonsense", "1"], ["info", "x", "y"],
     ["generate", "x", "a", "--file", "b"], ["generate", "x", "--ids", "a"], ["generate", "x", "--file", "/nowhere"],
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, args):
@@ -156,8 +158,9 @@ def test_interrupt_is_130_and_a_reader_that_leaves_is_no_error(teacher):
 
 
 def test_demo_calls_the_demo(capsys, monkeypatch):
-    import mambainllama.demo as demo
     seen = {}
-    monkeypatch.setattr(demo, "demo", lambda **how: seen.update(how))
+    stand_in = types.ModuleType("mambainllama.demo")
+    stand_in.demo = lambda **how: seen.update(how)
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     assert run(capsys, "demo", "--out", "x", "--seed", 3)[0] == 0
     assert seen == {"out": "x", "device": "cpu", "seed": 3}

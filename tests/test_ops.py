@@ -86,25 +86,25 @@ def resume(r, B, T, S, *width):
     return dict(state=r.standard_normal((S, *width)), slot=r.permutation(S)[:B], keep=r.integers(0, T + 1, B))
 
 
-def draw_selective_scan(r, B, T, J, rep, N, bias=True, skip=True, gate=True, parents="chain", S=0):
+def draw_selective_scan(r, B, T, J, rep, N, bias=True, skip=True, gate=True, parents="chain", S=0, spread=1):
     D = J * rep * N
-    args = dict(x=r.standard_normal((B, T, D)), dt=r.standard_normal((B, T, D)) - 1, A_log=np.log(r.uniform(1, 16, (D, N))),
+    args = dict(x=r.standard_normal((B, T, D)), dt=spread * r.standard_normal((B, T, D)) - 1, A_log=np.log(r.uniform(1, 16, (D, N))),
                 B=r.standard_normal((B, T, J, N)), C=r.standard_normal((B, T, D // N, N)),
                 D=r.standard_normal(D) if skip else None, dt_bias=r.standard_normal(D) if bias else None,
                 z=r.standard_normal((B, T, D)) if gate else None, prev=PARENTS[parents](r, B, T))
     return args | (resume(r, B, T, S, D, N) if S else {})
 
 
-def draw_ssd(r, B, T, H, G, P, N, bias=True, skip=True, parents="chain", S=0):
-    args = dict(x=r.standard_normal((B, T, G, P)), dt=r.standard_normal((B, T, H)) - 1, A_log=np.log(r.uniform(1, 16, H)),
+def draw_ssd(r, B, T, H, G, P, N, bias=True, skip=True, parents="chain", S=0, spread=1):
+    args = dict(x=r.standard_normal((B, T, G, P)), dt=spread * r.standard_normal((B, T, H)) - 1, A_log=np.log(r.uniform(1, 16, H)),
                 B=r.standard_normal((B, T, G, N)), C=r.standard_normal((B, T, H, N)), D=r.standard_normal(H) if skip else None,
                 dt_bias=r.standard_normal(H) if bias else None, prev=PARENTS[parents](r, B, T))
     return args | (resume(r, B, T, S, H, P, N) if S else {})
 
 
-def draw_lm_loss(r, M, C, V, K=0, temperature=None, kind=None, weights=False, ignore=0.3, bf16=False):
+def draw_lm_loss(r, M, C, V, K=0, temperature=None, kind=None, weights=False, ignore=0.3, bf16=False, spread=1):
     target = np.where(r.random(M) < ignore, -100, r.integers(0, V, M))
-    args = dict(h=r.standard_normal((M, C)), w=matrix(r, bf16, V, C), target=target, temperature=temperature, kind=kind)
+    args = dict(h=spread * r.standard_normal((M, C)), w=matrix(r, bf16, V, C), target=target, temperature=temperature, kind=kind)
     if K:
         args.update(th=r.standard_normal((M, K)), tw=matrix(r, bf16, V, K))
     if weights:
@@ -127,7 +127,7 @@ CASES = [
     ("embedding", "ids repeat", dict(B=2, T=64, V=11, C=7)),
     ("embedding", "one id", dict(B=1, T=1, V=3, C=65)),
     ("embedding", "bf16 matrix", dict(B=2, T=7, V=30, C=33, bf16=True)),
-    ("rmsnorm", "one element", dict(M=1, C=1)),
+    ("rmsnorm", "one element", dict(M=1, C=1, eps=0.5)),
     ("rmsnorm", "odd width", dict(M=7, C=5)),
     ("rmsnorm", "many rows", dict(M=129, C=64)),
     ("rmsnorm", "tail after vectors, large eps", dict(M=3, C=257, eps=0.5)),
@@ -147,13 +147,14 @@ CASES = [
     ("attention", "eight heads a group", dict(B=1, T=64, H=8, G=1, P=32)),
     ("attention", "a group a head, tail after blocks", dict(B=1, T=129, H=3, G=3, P=64)),
     ("attention", "large head", dict(B=1, T=33, H=2, G=1, P=128)),
+    ("attention", "larger odd head", dict(B=1, T=70, H=1, G=1, P=161)),
     ("attention", "a window of one", dict(B=2, T=7, H=2, G=1, P=8, window=1)),
     ("attention", "window shorter than the call", dict(B=1, T=129, H=4, G=2, P=16, window=20)),
     ("attention", "window longer than the call", dict(B=1, T=7, H=2, G=2, P=8, window=50)),
     ("attention", "documents", dict(B=3, T=64, H=4, G=2, P=16, parents="documents")),
     ("attention", "documents and window", dict(B=2, T=129, H=2, G=1, P=8, window=9, parents="documents")),
     ("attention", "scale given", dict(B=1, T=7, H=2, G=1, P=8, scale=0.7)),
-    ("attention", "large scores", dict(B=1, T=64, H=2, G=1, P=16, scale=20.0)),
+    ("attention", "exp of the scores overflows", dict(B=1, T=64, H=2, G=1, P=16, scale=6.0)),
     ("attention", "decode, ragged pasts", dict(B=3, T=1, H=6, G=2, P=16, pos=[0, 7, 70, 33, 1], K=80)),
     ("attention", "verify", dict(B=2, T=5, H=8, G=1, P=20, pos=[40, 3, 60], K=70)),
     ("attention", "a tree after a past", dict(B=2, T=32, H=4, G=4, P=8, pos=[17, 0, 64], K=100, parents="tree")),
@@ -167,6 +168,7 @@ CASES = [
     ("conv1d", "no SiLU", dict(B=1, T=64, X=16, W=3, silu=0)),
     ("conv1d", "long, wide", dict(B=2, T=129, X=70, W=4)),
     ("conv1d", "width 5", dict(B=1, T=64, X=9, W=5)),
+    ("conv1d", "wider than the call", dict(B=1, T=7, X=9, W=12)),
     ("conv1d", "documents", dict(B=2, T=64, X=20, W=4, parents="documents")),
     ("conv1d", "blocks of 16 repeated (Mamba-1)", dict(B=2, T=7, X=32, W=4, repeat=4, block=16)),
     ("conv1d", "odd blocks repeated, documents", dict(B=2, T=64, X=9, W=4, repeat=3, block=3, parents="documents")),
@@ -181,6 +183,8 @@ CASES = [
     ("selective_scan", "tail after chunks", dict(B=1, T=129, J=3, rep=1, N=16, skip=False)),
     ("selective_scan", "documents", dict(B=2, T=64, J=1, rep=2, N=16, parents="documents")),
     ("selective_scan", "many documents, no gate", dict(B=3, T=129, J=2, rep=1, N=4, gate=False, parents="documents")),
+    ("selective_scan", "strong and weak decay in turn", dict(B=1, T=129, J=1, rep=2, N=16, spread=10)),
+    ("selective_scan", "large odd state", dict(B=1, T=7, J=1, rep=2, N=33)),
     ("selective_scan", "resumes, ragged keep", dict(B=3, T=7, J=2, rep=2, N=8, S=5)),
     ("selective_scan", "resumes long, documents", dict(B=2, T=129, J=1, rep=2, N=16, S=4, parents="documents")),
     ("ssd", "one token", dict(B=1, T=1, H=1, G=1, P=1, N=1)),
@@ -191,6 +195,8 @@ CASES = [
     ("ssd", "the released head", dict(B=1, T=70, H=2, G=1, P=64, N=64)),
     ("ssd", "documents", dict(B=2, T=64, H=4, G=2, P=8, N=8, parents="documents")),
     ("ssd", "documents across chunks", dict(B=2, T=129, H=2, G=1, P=6, N=10, parents="documents")),
+    ("ssd", "strong and weak decay in turn", dict(B=1, T=129, H=4, G=2, P=8, N=8, spread=10)),
+    ("ssd", "state larger than the head", dict(B=1, T=40, H=2, G=1, P=40, N=130)),
     ("ssd", "resumes, ragged keep", dict(B=3, T=7, H=4, G=2, P=8, N=9, S=5)),
     ("ssd", "resumes long, documents", dict(B=2, T=129, H=2, G=1, P=16, N=16, S=4, parents="documents")),
     ("lm_loss", "one row", dict(M=1, C=4, V=3, ignore=0)),
@@ -203,6 +209,7 @@ CASES = [
     ("lm_loss", "weights without a teacher (DPO)", dict(M=64, C=8, V=30, weights=True)),
     ("lm_loss", "bf16 matrices", dict(M=30, C=16, V=70, K=24, bf16=True)),
     ("lm_loss", "nothing counts", dict(M=5, C=8, V=30, K=6, ignore=1)),
+    ("lm_loss", "exp of the logits overflows", dict(M=20, C=16, V=40, K=6, spread=20)),
     ("lm_loss", "rows in chunks, vocabulary in blocks", dict(M=200, C=16, V=1001, K=16)),
 ]
 OUTPUTS = {"attention": ("o", "lse", "kcache", "vcache"), "conv1d": ("y", "cache"), "selective_scan": ("y", "state"),
@@ -287,6 +294,8 @@ WANTED = {"linear": ("x", "w", "bias"), "embedding": ("w",), "rmsnorm": ("x", "w
           "swiglu": ("gate", "up"), "rope": ("x",), "attention": ("q", "k", "v"), "conv1d": ("x", "w", "bias"),
           "selective_scan": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "z", "state"),
           "ssd": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "state"), "lm_loss": ("h", "w")}
+# dA_log of a head sums T P N terms of both signs: where they nearly cancel, float32 autograd of the plain formula reaches 1e-5 too.
+LOOSER = {"A_log": 10}
 GRADIENT_CASES = [c for c in CASES if "pos" not in c[2] and c[2].get("T") != 0]
 
 
@@ -338,12 +347,15 @@ def test_backward(backend, op, reason, sizes):
     sums = [n for n in WANTED[op] if args.get(n) is not None and n != "state" and f"d{n}" in spec and spec[f"d{n}"].in_place]
 
     got = backend.call(backward, given | {f"d{n}": np.zeros(args[n].shape, "f4") for n in sums})
+    weight = np.sqrt(sum(np.square(c).sum() for c in cotangent.values())) if cotangent else 1
     for name, (along, slopes) in computed(backend, ("backward", op, reason), lambda: differences(op, args, cotangent)).items():
         gradient = got[f"d{name}"].astype(np.float64).ravel()
         assert np.isfinite(gradient).all(), f"d{name}: not finite"
         error = np.sqrt(np.square(along @ gradient - slopes).sum() / (1 if len(along) == len(gradient) else len(along)))
-        size = np.linalg.norm(gradient) + 1e-5  # of a sum of numbers near 1 in double: the differences are good to about 1e-11
-        assert error <= backend.tolerance * size, f"d{name}: error {error / size:.2e}"
+        size = np.linalg.norm(gradient)
+        if np.linalg.norm(slopes) < 1e-7 * weight:  # 0 but for rounding
+            size = weight
+        assert error <= LOOSER.get(name, 1) * backend.tolerance * size, f"d{name}: error {error / size:.2e}"
 
     start = {f"d{n}": (r.standard_normal(args[n].shape) * np.abs(got[f"d{n}"]).mean()).astype("f4") for n in sums}
     added, frozen = backend.call(backward, given | start), backend.call(backward, given | {f"d{n}": None for n in sums}
@@ -470,6 +482,21 @@ def test_prefill_goes_on_from_pending_tokens(backend, op, reason, sizes):
     y = [steps(stream, slot, 21), stream.call(stream.take(slot, [21, 21], 5), slot, keep=0)]
     y += [stream.call(stream.take(slot, [26, 26], 40), slot, ahead=5), steps(stream, slot, 37, [37]), steps(stream, slot, 20)]
     backend.close(np.concatenate(y, 1), whole(backend, stream, op, reason)[slot, :123], "y")
+
+
+@pytest.mark.parametrize("op, reason, sizes", named([c for c in STREAMS if c[0] in ("selective_scan", "ssd")]))
+@pytest.mark.parametrize("T", [20, 32, 40, 64])
+def test_a_state_after_packed_documents_is_the_last_ones(backend, op, reason, sizes, T):
+    """Three documents in one call behind a prompt of 21: what is committed then, from the ring on, knows nothing before them."""
+    stream, slot = Stream(backend, op, sizes), [2, 0, 1]
+    prev = np.tile(np.arange(LENGTH) - 1, (SLOTS, 1))
+    for b in range(SLOTS):
+        prev[b, [21 + 3, 21 + T // 2 + b, 21 + T - 2 - 2 * b]] = -2
+    y = [steps(stream, slot, 21, [21])]
+    chunk = np.where(prev[:, 21 : 21 + T] == -2, -2, np.arange(T) - 1)
+    y += [stream.call(stream.take(slot, [21] * 3, T), slot, prev=chunk), steps(stream, slot, 40)]
+    args = stream.args | {k: v[slot] for k, v in stream.tokens.items()} | {"prev": prev}
+    backend.close(np.concatenate(y, 1), getattr(twin, op)(**args)[0][:, : 61 + T], "y")
 
 
 @streams
@@ -678,7 +705,9 @@ def speculation(B, K, V, how, seed, mix=0.5):
 @pytest.mark.parametrize("K, V", [(0, 5), (1, 30), (4, 12), (4, 1001)])
 def test_verify_equals_its_twin(backend, how, K, V):
     args = speculation(30, K, V, how, seed=K + V)
-    for count in (None, np.random.default_rng(1).integers(0, K + 1, 30).astype(np.int32)):
+    r = np.random.default_rng(1)
+    args["draft"][r.random((30, K)) < 0.2] = r.integers(0, V)  # tokens that the draft would not have drawn
+    for count in (None, r.integers(0, K + 1, 30).astype(np.int32)):
         got = backend.call("verify", args | {"count": count})
         accepted, token = twin.verify(**args, count=count)
         assert same(got["accepted"], accepted) and same(got["token"], token)

@@ -156,15 +156,28 @@ def test_rate():
     assert [loop.rate({**recipe, "warmup": 1.0}, k, 4) for k in range(4)] == [0.5, 1.0, 1.5, 2.0]
 
 
-def test_a_stage_starts_afresh():
-    """The second stage of a plan has the bits of a run of its own that begins with the first one's student."""
+def test_a_stage_starts_afresh(tmp_path):
+    """The second stage of a plan has the bits of a run of its own on what the first one saved."""
     data = rows(1, 1)  # every batch is this row
     stages = [{"mamba_layers": [1], "steps": 3}, {"mamba_layers": [0, 1], "steps": 3}]
     (both, teacher), (one, _) = pair(), pair()
     mil.distill(both, teacher, data, {**PLAN, "stages": stages})
-    for stage in stages:
-        mil.distill(one, teacher, data, {**PLAN, "stages": [stage]})
-    assert bits(one) == bits(both)
+    mil.distill(one, teacher, data, {**PLAN, "stages": stages[:1]}, out=tmp_path)
+    two = mil.load(tmp_path / "model")
+    mil.distill(two, teacher, data, {**PLAN, "stages": stages[1:]})
+    assert bits(two) == bits(both)
+
+
+def test_clipping(monkeypatch):
+    model, scales, step = mil.random(CONFIG, seed=1), [], mil.Model.step
+
+    def watched(self, *args, scale, **kwargs):
+        scales.append((scale, self.grad_norm()))
+        return step(self, *args, scale=scale, **kwargs)
+    monkeypatch.setattr(mil.Model, "step", watched)
+    for clip in (1e-3, 1e9, None):
+        mil.train(model, rows(1), {"steps": 1, "length": 20, "clip": clip})
+    assert scales[0][0] * scales[0][1] == pytest.approx(1e-3) and [scale for scale, _ in scales[1:]] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("stage, kinds", [({"mixer": "mamba1"}, ["mamba1", "mamba2", "attention"]),
@@ -194,6 +207,15 @@ def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype):
     (tmp_path / "checkpoint.npz.tmp").write_bytes(b"cut short too")
     student, _ = distill(tmp_path, dtype)
     same_end(tmp_path, student, whole, dtype)
+
+
+def test_resumed_with_frozen_mamba_layers(tmp_path, monkeypatch):
+    """Converted weights that do not learn come out of the checkpoint too."""
+    plan = {"train": ["*mlp*"]}
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 10, stop)
+        distill(tmp_path, **plan)
+    assert bits(distill(tmp_path, **plan)[0]) == bits(distill(**plan)[0])
 
 
 def test_killed_at_random_moments(tmp_path, whole):
