@@ -8,8 +8,8 @@
 #include "ops.h"
 
 enum {
-  CHUNK = 8, /* tokens staged at a time, and from one of backward's checkpoints to the next */
-  TILE = 8   /* groups that go through time side by side, so that a chunk reads its rows by more than a cache line */
+  CHUNK = 16, /* tokens staged at a time, and from one of backward's checkpoints to the next */
+  TILE = 4    /* groups of lanes that go through time side by side: one alone would read a cache line of every row */
 };
 static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
@@ -25,7 +25,7 @@ typedef struct {
   Rows rows;
   size_t B, T, D, N, J;
   float *scratch;
-  size_t share; /* floats of scratch a worker has */
+  size_t share, each; /* floats of scratch that a worker has, and of these a group */
   /* backward */
   real *dx, *ddt, *dB, *dC, *dz;
   float *dA_log, *dD, *ddt_bias, *dstate;
@@ -33,15 +33,20 @@ typedef struct {
   float *part_A, *part_D, *part_bias; /* (B,D,N), (B,D), (B,D): parameter gradients by row of the batch */
 } Scan;
 
-/* Channels c .. c+width of block k, row b: what holds for all tokens. Staged tokens are rows of LANES; lanes past width hold 0. */
+/* LANES channels of a block, c .. c+width; lanes past width hold 0. */
 typedef struct {
-  size_t b, k, c, width, size;                  /* size = N*LANES, one matrix */
-  float *A, *S;                                 /* A = -exp(A_log) log2(e), so that the decay is 2^(d A) */
-  float *zero, *dS, *dA;                        /* from here on shared by the groups of a tile */
-  float *states, *decays, *checkpoints, *B, *C; /* PENDING, CHUNK, any number of matrices; CHUNK rows of N */
-  float *x, *v, *d, *u, *y, *z;                 /* CHUNK rows */
-  float bias[LANES], skip[LANES];
+  size_t k, c, width;
+  float *A, *S, *dS, *dA, *checkpoints;          /* (N,LANES); A = -exp(A_log) log2(e): the decay is 2^(d A) */
+  float *B, *C;                                  /* the staged tokens: (CHUNK,N) */
+  float *x, *v, *d, *u, *y, *z, *dy, *du, *dd;   /* and (CHUNK,LANES) */
+  float bias[LANES], skip[LANES], dbias[LANES], dskip[LANES];
 } Group;
+/* Neighbouring groups of row b. */
+typedef struct {
+  size_t b, groups, size;         /* size = N*LANES */
+  float *zero, *states, *decays;  /* 1, PENDING and CHUNK of (N,LANES), for one group after the other */
+  Group g[TILE];
+} Tile;
 
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
@@ -61,99 +66,114 @@ static inline float exp2_decay(float x) {
   return bits_to_float(float_to_bits(p) + (float_to_bits(m) << 23)); /* m's low bits are round(x) */
 }
 
-/* ---- lanes ---------------------------------------------------------------------------------------------------------- */
+/* ---- tiles ---------------------------------------------------------------------------------------------------------- */
 
-/* out[n] (= | add: +=) sum_lane rows[n][lane], n < N */
-static void row_sums(float *out, const float *rows, size_t N, int add) {
+/* out[n] = sum_lane rows[n][lane], n < N */
+static void row_sums(float *out, const float *rows, size_t N) {
   size_t n = 0;
   for (; n + LANES <= N; n += LANES) {
     vec v[LANES];
     for (int i = 0; i < LANES; i++) v[i] = vec_load(rows + (n + i) * LANES);
-    vec sum = sum_lanes(v);
-    vec_store(out + n, add ? vec_load(out + n) + sum : sum);
+    vec_store(out + n, sum_lanes(v));
   }
-  for (; n < N; n++) out[n] = (add ? out[n] : 0.0f) + vec_sum(vec_load(rows + n * LANES));
+  for (; n < N; n++) out[n] = vec_sum(vec_load(rows + n * LANES));
 }
 
-/* n rows of `width` floats, `stride` apart, to rows of LANES; and back. */
-static void load_lanes(float *to, const float *from, size_t stride, size_t n, size_t width) {
-  for (size_t i = 0; i < n; i++)
-    if (width == LANES)
-      memcpy(to + i * LANES, from + i * stride, LANES * sizeof *to);
-    else
-      for (size_t l = 0; l < LANES; l++) to[i * LANES + l] = l < width ? from[i * stride + l] : 0.0f;
-}
-static void store_lanes(float *to, const float *from, size_t stride, size_t n, size_t width) {
-  for (size_t i = 0; i < n; i++)
-    if (width == LANES)
-      memcpy(to + i * stride, from + i * LANES, LANES * sizeof *to);
-    else
-      for (size_t l = 0; l < width; l++) to[i * stride + l] = from[i * LANES + l];
-}
-
-/* ---- groups --------------------------------------------------------------------------------------------------------- */
-
-static size_t share_of(size_t N, size_t checkpoints) {
-  return ((2 * TILE + 3 + PENDING + CHUNK + checkpoints) * N * LANES + CHUNK * (6 * LANES + 2 * N) + 15) / 16 * 16;
-}
-
-static void group_memory(Group *g, const Scan *s, size_t worker) {
-  float *p = s->scratch + worker * s->share;
-  const size_t size = s->N * LANES, row = CHUNK * LANES;
-  *g = (Group){.size = size, .zero = p, .dS = p + size, .dA = p + 2 * size, .states = p + 3 * size};
-  g->decays = g->states + PENDING * size;
-  g->A = g->decays + CHUNK * size, g->S = g->A + TILE * size, p = g->S + TILE * size;
-  g->x = p, g->v = p + row, g->d = p + 2 * row, g->u = p + 3 * row, g->y = p + 4 * row, g->z = p + 5 * row, p += 6 * row;
-  g->B = p, g->C = p + CHUNK * s->N, g->checkpoints = p + 2 * CHUNK * s->N;
-  memset(g->zero, 0, size * sizeof(float));
-}
-
-static void load_matrix(float *to, const float *from, size_t c, const Group *g, size_t N) { /* (D,N) from row c on */
-  if (g->width < LANES) memset(to, 0, g->size * sizeof *to);
-  transpose(to, LANES, from + c * N, N, g->width, N);
-}
-
-/* Points the group at lanes c .. of block k and loads what holds for all its tokens; S from `state` at its slot, or zero. */
-static void group_begin(Group *g, const Scan *s, size_t b, size_t k, size_t lane, const float *state, size_t slot) {
-  const size_t N = s->N;
-  g->b = b, g->k = k, g->c = k * N + lane, g->width = min(LANES, N - lane);
-  load_matrix(g->A, s->A_log, g->c, g, N);
-  for (size_t i = 0; i < g->size; i++) g->A[i] = -LOG2E * exp_(g->A[i]);
-  memset(g->bias, 0, sizeof g->bias);
-  memset(g->skip, 0, sizeof g->skip);
-  if (s->dt_bias) load_lanes(g->bias, s->dt_bias + g->c, 0, 1, g->width);
-  if (s->Dskip) load_lanes(g->skip, s->Dskip + g->c, 0, 1, g->width);
-  if (state)
-    load_matrix(g->S, state, slot * s->D + g->c, g, N);
+static void load_lanes(float *to, const float *from, size_t width) {
+  if (width == LANES)
+    memcpy(to, from, LANES * sizeof *to);
   else
-    memset(g->S, 0, g->size * sizeof(float));
+    for (size_t l = 0; l < LANES; l++) to[l] = l < width ? from[l] : 0.0f;
+}
+static void store_lanes(float *to, const float *from, size_t width) {
+  if (width == LANES)
+    memcpy(to, from, LANES * sizeof *to);
+  else
+    for (size_t l = 0; l < width; l++) to[l] = from[l];
+}
+
+/* n rows of (.,D) to the groups' rows of LANES, of which `lanes` are group 0's; and back. */
+static void load_rows(const Tile *m, const Scan *s, float *lanes, const float *rows, size_t n) {
+  for (size_t i = 0; i < n; i++)
+    for (size_t q = 0; q < m->groups; q++)
+      load_lanes(lanes + q * s->each + i * LANES, rows + i * s->D + m->g[q].c, m->g[q].width);
+}
+static void store_rows(const Tile *m, const Scan *s, float *rows, const float *lanes, size_t n) {
+  for (size_t i = 0; i < n; i++)
+    for (size_t q = 0; q < m->groups; q++)
+      store_lanes(rows + i * s->D + m->g[q].c, lanes + q * s->each + i * LANES, m->g[q].width);
+}
+
+/* (D,N) to the group's (N,LANES), and back. */
+static void load_matrix(float *to, const float *from, const Group *g, size_t N) {
+  if (g->width < LANES) memset(to, 0, N * LANES * sizeof *to);
+  transpose(to, LANES, from + g->c * N, N, g->width, N);
+}
+static void store_matrix(float *to, const float *from, const Group *g, size_t N) {
+  transpose(to + g->c * N, N, from, LANES, N, g->width);
+}
+
+static size_t lane_groups(size_t N) { return (N + LANES - 1) / LANES; } /* of a block */
+
+static void size_scratch(Scan *s, size_t checkpoints) {
+  s->each = ((4 + checkpoints) * s->N * LANES + CHUNK * (2 * s->N + 9 * LANES) + 15) / 16 * 16;
+  s->share = TILE * s->each + (1 + PENDING + CHUNK) * s->N * LANES;
+}
+
+static void tile_memory(Tile *m, const Scan *s, size_t worker) {
+  float *p = s->scratch + worker * s->share;
+  const size_t size = s->N * LANES, lanes = CHUNK * LANES;
+  m->size = size;
+  for (size_t q = 0; q < TILE; q++, p += s->each) {
+    Group *g = m->g + q;
+    g->A = p, g->S = p + size, g->dS = p + 2 * size, g->dA = p + 3 * size, g->x = p + 4 * size;
+    g->v = g->x + lanes, g->d = g->v + lanes, g->u = g->d + lanes, g->y = g->u + lanes, g->z = g->y + lanes;
+    g->dy = g->z + lanes, g->du = g->dy + lanes, g->dd = g->du + lanes, g->B = g->dd + lanes;
+    g->C = g->B + CHUNK * s->N, g->checkpoints = g->C + CHUNK * s->N;
+  }
+  m->zero = p, m->states = p + size, m->decays = m->states + PENDING * size;
+  memset(m->zero, 0, size * sizeof(float));
+}
+
+/* Points the tile at groups first .. of row b, and loads what holds for all tokens; S from `state` at its slot, or zero. */
+static void tile_begin(Tile *m, const Scan *s, size_t b, size_t first, size_t groups, size_t slot) {
+  const size_t N = s->N, lanes = lane_groups(N);
+  m->b = b, m->groups = groups;
+  for (size_t q = 0; q < groups; q++) {
+    Group *g = m->g + q;
+    const size_t lane = (first + q) % lanes * LANES;
+    g->k = (first + q) / lanes, g->c = g->k * N + lane, g->width = min(LANES, N - lane);
+    load_matrix(g->A, s->A_log, g, N);
+    for (size_t i = 0; i < m->size; i++) g->A[i] = -LOG2E * exp_(g->A[i]);
+    if (s->state)
+      load_matrix(g->S, s->state + slot * s->D * N, g, N);
+    else
+      memset(g->S, 0, m->size * sizeof(float));
+    load_lanes(g->bias, s->dt_bias ? s->dt_bias + g->c : m->zero, g->width);
+    load_lanes(g->skip, s->Dskip ? s->Dskip + g->c : m->zero, g->width);
+  }
 }
 
 /* Tokens t .. t+n of the call: x, d = softplus(v = dt + dt_bias), u = d x, B, C, z. */
-static void stage_call(Group *g, const Scan *s, size_t t, size_t n) {
-  const size_t D = s->D, N = s->N, J = s->J, row = g->b * s->T + t, j = g->k / (D / N / J);
-  load_lanes(g->x, s->x + row * D + g->c, D, n, g->width);
-  load_lanes(g->v, s->dt + row * D + g->c, D, n, g->width);
-  if (s->z) load_lanes(g->z, s->z + row * D + g->c, D, n, g->width);
-  for (size_t i = 0; i < n; i++) {
-    for (size_t m = 0; m < N; m++) g->B[i * N + m] = s->Bm[((row + i) * J + j) * N + m];
-    for (size_t m = 0; m < N; m++) g->C[i * N + m] = s->C[(row + i) * D + g->k * N + m];
-    for (size_t l = 0; l < LANES; l++) g->v[i * LANES + l] += g->bias[l];
+static void stage_call(Tile *m, const Scan *s, size_t t, size_t n) {
+  const size_t D = s->D, N = s->N, J = s->J, row = m->b * s->T + t, rep = D / N / J;
+  load_rows(m, s, m->g->x, s->x + row * D, n);
+  load_rows(m, s, m->g->v, s->dt + row * D, n);
+  if (s->z) load_rows(m, s, m->g->z, s->z + row * D, n);
+  for (size_t i = 0; i < n; i++)
+    for (size_t q = 0; q < m->groups; q++) {
+      Group *g = m->g + q;
+      const float *B = s->Bm + ((row + i) * J + g->k / rep) * N, *C = s->C + (row + i) * D + g->k * N;
+      for (size_t l = 0; l < N; l++) g->B[i * N + l] = B[l];
+      for (size_t l = 0; l < N; l++) g->C[i * N + l] = C[l];
+    }
+  for (size_t q = 0; q < m->groups; q++) {
+    Group *g = m->g + q;
+    for (size_t i = 0; i < n; i++)
+      for (size_t l = 0; l < LANES; l++) g->v[i * LANES + l] += g->bias[l];
+    for (size_t i = 0; i < n * LANES; i++) g->d[i] = softplus(g->v[i]);
+    for (size_t i = 0; i < n * LANES; i++) g->u[i] = g->d[i] * g->x[i];
   }
-  for (size_t i = 0; i < n * LANES; i++) g->d[i] = softplus(g->v[i]);
-  for (size_t i = 0; i < n * LANES; i++) g->u[i] = g->d[i] * g->x[i];
-}
-
-/* Rows of one group lie D apart, too far for the hardware to foresee: ask for token t's while an earlier chunk computes. */
-static void prefetch_call(const Group *g, const Scan *s, size_t t) {
-  if (t >= s->T) return;
-  const size_t at = (g->b * s->T + t) * s->D + g->c;
-  __builtin_prefetch(s->x + at);
-  __builtin_prefetch(s->dt + at);
-  __builtin_prefetch(s->C + at);
-  if (s->z) __builtin_prefetch(s->z + at);
-  if (s->y) __builtin_prefetch(s->y + at, 1);
-  if (s->dy) __builtin_prefetch(s->dy + at);
 }
 
 /* S'[n] = 2^(d A[n]) S[n] + u B[n];  y = sum_n C[n] S'[n].   y, d, u (LANES)  to = S', from = S, A, decay (N,LANES)
@@ -200,67 +220,72 @@ static size_t ring_row(const Past *p, size_t position) {
 static size_t ring_first(const Past *p) { return max(p->mark, p->pos); }
 static size_t ring_last(const Past *p, size_t T) { return min(p->pos + T, p->mark + SCAN_RING + PENDING); }
 
-static void stage_ring(Group *g, const Scan *s, const Past *p, size_t at, size_t n) {
-  const size_t D = s->D, N = s->N, J = s->J, j = g->k / (D / N / J);
-  for (size_t i = 0; i < n; i++) {
-    size_t row = ring_row(p, at + i);
-    load_lanes(g->x + i * LANES, s->ring.x + row * D + g->c, 0, 1, g->width);
-    load_lanes(g->d + i * LANES, s->ring.dt + row * D + g->c, 0, 1, g->width);
-    for (size_t m = 0; m < N; m++) g->C[i * N + m] = g->B[i * N + m] = s->ring.B[(row * J + j) * N + m]; /* C: y is unused */
-  }
-  for (size_t i = 0; i < n * LANES; i++) g->u[i] = g->d[i] * g->x[i];
+static void stage_ring(Tile *m, const Scan *s, const Past *p, size_t at, size_t n) {
+  const size_t D = s->D, N = s->N, J = s->J, rep = D / N / J;
+  for (size_t i = 0; i < n; i++)
+    for (size_t q = 0; q < m->groups; q++) {
+      Group *g = m->g + q;
+      const size_t row = ring_row(p, at + i);
+      const float *B = s->ring.B + (row * J + g->k / rep) * N;
+      load_lanes(g->x + i * LANES, s->ring.x + row * D + g->c, g->width);
+      load_lanes(g->d + i * LANES, s->ring.dt + row * D + g->c, g->width);
+      for (size_t l = 0; l < LANES; l++) g->u[i * LANES + l] = g->d[i * LANES + l] * g->x[i * LANES + l];
+      for (size_t l = 0; l < N; l++) g->C[i * N + l] = g->B[i * N + l] = B[l]; /* C: nobody reads the y of these */
+    }
 }
 
 /* y = (sum + D x) silu(z) of tokens t .. t+n, and their x and d to the ring. */
-static void finish(Group *g, const Scan *s, const Past *p, size_t t, size_t n) {
-  for (size_t i = 0; i < n; i++)
-    for (size_t l = 0; l < LANES; l++) g->y[i * LANES + l] += g->skip[l] * g->x[i * LANES + l];
-  for (size_t i = 0; s->z && i < n * LANES; i++) g->y[i] *= silu(g->z[i]);
-  store_lanes(s->y + (g->b * s->T + t) * s->D + g->c, g->y, s->D, n, g->width);
+static void finish(Tile *m, const Scan *s, const Past *p, size_t t, size_t n) {
+  for (size_t q = 0; q < m->groups; q++) {
+    Group *g = m->g + q;
+    for (size_t i = 0; i < n; i++)
+      for (size_t l = 0; l < LANES; l++) g->y[i * LANES + l] += g->skip[l] * g->x[i * LANES + l];
+    for (size_t i = 0; s->z && i < n * LANES; i++) g->y[i] *= silu(g->z[i]);
+  }
+  store_rows(m, s, s->y + (m->b * s->T + t) * s->D, m->g->y, n);
   for (size_t i = 0; p->ring && i < n; i++) {
-    size_t at = p->pos + t + i, row = ring_row(p, at);
+    const size_t at = p->pos + t + i, row = ring_row(p, at) * s->D;
     if (at < ring_first(p) || at >= ring_last(p, s->T)) continue;
-    store_lanes(s->ring.x + row * s->D + g->c, g->x + i * LANES, 0, 1, g->width);
-    store_lanes(s->ring.dt + row * s->D + g->c, g->d + i * LANES, 0, 1, g->width);
+    store_rows(m, s, s->ring.x + row, m->g->x + i * LANES, 1);
+    store_rows(m, s, s->ring.dt + row, m->g->d + i * LANES, 1);
   }
 }
 
-/* The positions at .. at+n, which lie on one side of pos and of mark. */
-static void forward_chunk(Group *g, const Scan *s, const Past *p, size_t at, size_t n) {
+/* The positions at .. at+n, which lie on one side of pos and of mark. A tree's states are kept by token: its tile is one group. */
+static void forward_chunk(Tile *m, const Scan *s, const Past *p, size_t at, size_t n) {
   const int mine = at >= p->pos; /* the call's tokens t .. t+n, not the ring's */
-  const size_t t = mine ? at - p->pos : 0, N = s->N;
-  const float *last = g->S;
+  const size_t t = mine ? at - p->pos : 0, N = s->N, size = m->size;
   if (mine)
-    stage_call(g, s, t, n);
+    stage_call(m, s, t, n);
   else
-    stage_ring(g, s, p, at, n);
-  for (size_t i = 0; i < n; i++) {
-    const int32_t before = mine && p->prev ? p->prev[t + i] : -1;
-    const float *from = before == -2 ? g->zero : p->tree && before >= 0 ? g->states + before * g->size : g->S;
-    float *to = mine && p->tree ? g->states + (t + i) * g->size : g->S;
-    if (mine) prefetch_call(g, s, t + CHUNK + i);
-    advance(g->y + i * LANES, to, g->decays, from, g->A, g->d + i * LANES, g->u + i * LANES, g->B + i * N, g->C + i * N, N);
-    last = to;
+    stage_ring(m, s, p, at, n);
+  for (size_t q = 0; q < m->groups; q++) {
+    const Group *g = m->g + q;
+    float *to = g->S;
+    for (size_t i = 0; i < n; i++) {
+      const int32_t before = mine && p->prev ? p->prev[t + i] : -1;
+      const float *from = before == -2 ? m->zero : p->tree && before >= 0 ? m->states + before * size : g->S;
+      if (mine && p->tree) to = m->states + (t + i) * size;
+      advance(g->y + i * LANES, to, m->decays, from, g->A, g->d + i * LANES, g->u + i * LANES, g->B + i * N, g->C + i * N, N);
+    }
+    if (s->state && at + n == p->mark) store_matrix(s->state + p->slot * s->D * N, to, g, N);
   }
-  if (mine) finish(g, s, p, t, n);
-  if (s->state && at + n == p->mark) transpose(s->state + (p->slot * s->D + g->c) * N, N, last, LANES, N, g->width);
+  if (mine) finish(m, s, p, t, n);
 }
 
-static void forward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, block, lane group) */
+static void forward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, group) */
   const Scan *s = arg;
-  const size_t lanes = (s->N + LANES - 1) / LANES, row = s->D / s->N * lanes;
-  Group g[TILE];
-  group_memory(g, s, worker);
-  for (size_t q = 1; q < TILE; q++) g[q] = g[0], g[q].A += q * g->size, g[q].S += q * g->size;
-  for (size_t item = begin, groups; item < end; item += groups) {
+  const size_t row = s->D / s->N * lane_groups(s->N);
+  Tile m;
+  tile_memory(&m, s, worker);
+  for (size_t item = begin; item < end; item += m.groups) {
     const Past p = past_of(s, item / row);
-    groups = p.tree ? 1 : min(TILE, min(end, (item / row + 1) * row) - item);
-    for (size_t q = 0, i = item % row; q < groups; q++, i++)
-      group_begin(g + q, s, item / row, i / lanes, i % lanes * LANES, s->state, p.slot);
+    const size_t left = min(end, (item / row + 1) * row) - item;
+    tile_begin(&m, s, item / row, item % row, p.tree ? 1 : min(TILE, left), p.slot);
     for (size_t at = p.begin, n; at < p.pos + s->T; at += n) {
       const size_t stop = at < p.pos ? p.pos : p.pos + s->T;
       n = min(CHUNK, (at < p.mark ? min(stop, p.mark) : stop) - at);
-      for (size_t q = 0; q < groups; q++) forward_chunk(g + q, s, &p, at, n);
+      forward_chunk(&m, s, &p, at, n);
     }
   }
 }
@@ -280,11 +305,13 @@ static void ring_B(void *arg, size_t begin, size_t end, size_t worker) {
 void selective_scan_forward(real *y, float *state, Ring ring, const real *x, const real *dt, const float *A_log, const real *Bm,
                             const real *C, const float *Dskip, const float *dt_bias, const real *z, Rows rows, size_t B,
                             size_t T, size_t D, size_t N, size_t J) {
-  Scan s = {y, state, ring, x, dt, A_log, Bm, C, Dskip, dt_bias, z, rows, B, T, D, N, J, .share = share_of(N, 0)};
+  Scan s = {.y = y, .state = state, .ring = ring, .x = x, .dt = dt, .A_log = A_log, .Bm = Bm, .C = C, .Dskip = Dskip,
+            .dt_bias = dt_bias, .z = z, .rows = rows, .B = B, .T = T, .D = D, .N = N, .J = J};
   if (!B || !T || !D || !N || !J) return;
+  size_scratch(&s, 0);
   s.scratch = device_scratch(workers() * s.share * sizeof(float));
   if (!s.scratch) return;
-  parallel(forward_range, &s, B * (D / N) * ((N + LANES - 1) / LANES), 20.0 * (T + 2) * N * min(N, LANES));
+  parallel(forward_range, &s, B * (D / N) * lane_groups(N), 20.0 * (T + 2) * N * min(N, LANES));
   if (state && ring.x) parallel(ring_B, &s, B, (double)min(T, PENDING) * J * N);
 }
 
@@ -310,104 +337,112 @@ static void retreat(float *du, float *dd, float *dS, float *dA, float *after, fl
   vec_store(dd, sum_d * LN2);
 }
 
-/* The cotangents that a group hands from chunk to chunk, and one chunk's. */
-typedef struct {
-  float dy[CHUNK * LANES], du[CHUNK * LANES], dd[CHUNK * LANES], skip[LANES], bias[LANES];
-} __attribute__((aligned(64))) Cotangents;
-
-/* y = (sum + D x) silu(z): dz, dD; dy becomes the sum's. */
-static void finish_backward(Group *g, Cotangents *o, const Scan *s, size_t t, size_t n) {
-  const size_t D = s->D, at = (g->b * s->T + t) * D + g->c;
-  load_lanes(o->dy, s->dy + at, D, n, g->width);
-  if (s->z) {
-    for (size_t i = 0; i < n; i++)
-      for (size_t l = 0; l < LANES; l++) {
-        size_t e = i * LANES + l;
-        float sum = g->y[e] + g->skip[l] * g->x[e], dy = o->dy[e];
-        o->dy[e] = dy * silu(g->z[e]);
-        g->z[e] = dy * sum * dsilu(g->z[e]);
-      }
-    store_lanes(s->dz + at, g->z, D, n, g->width);
+/* y = (sum + D x) silu(z): z becomes dz, dy the cotangent of the sum; dD. */
+static void finish_backward(Group *g, const Scan *s, size_t n) {
+  for (size_t i = 0; i < n; i++)
+    for (size_t l = 0; l < LANES; l++) g->y[i * LANES + l] += g->skip[l] * g->x[i * LANES + l];
+  for (size_t i = 0; s->z && i < n * LANES; i++) {
+    const float dy = g->dy[i], z = g->z[i];
+    g->dy[i] = dy * silu(z);
+    g->z[i] = dy * g->y[i] * dsilu(z);
   }
   for (size_t i = 0; i < n; i++)
-    for (size_t l = 0; l < LANES; l++) o->skip[l] += o->dy[i * LANES + l] * g->x[i * LANES + l];
+    for (size_t l = 0; l < LANES; l++) g->dskip[l] += g->dy[i * LANES + l] * g->x[i * LANES + l];
 }
 
-static void backward_chunk(Group *g, Cotangents *o, const Scan *s, const int32_t *prev, size_t t, size_t n, int first) {
-  const size_t N = s->N, D = s->D, J = s->J, K = D / N, size = g->size, at = g->b * s->T + t, j = g->k / (K / J);
-  stage_call(g, s, t, n);
-  for (size_t i = 0; i < n; i++) { /* states[i+1] is the state after token t+i */
-    const float *from = prev && prev[t + i] == -2 ? g->zero : g->states + i * size;
-    advance(g->y + i * LANES, g->states + (i + 1) * size, g->decays + i * size, from, g->A, g->d + i * LANES, g->u + i * LANES,
+/* Tokens t .. t+n of one group: forward from `before`, the state before them, then back. dx becomes du, ddt dd, dz z, and dB, dC
+ * take the place of B, C. */
+static void backward_group(const Tile *m, Group *g, const Scan *s, const int32_t *prev, const float *before, size_t t, size_t n) {
+  const size_t N = s->N, size = m->size;
+  const float *from[CHUNK];
+  for (size_t i = 0; i < n; i++) { /* states[i] is the state after token t+i */
+    from[i] = prev && prev[t + i] == -2 ? m->zero : i ? m->states + (i - 1) * size : before;
+    advance(g->y + i * LANES, m->states + i * size, m->decays + i * size, from[i], g->A, g->d + i * LANES, g->u + i * LANES,
             g->B + i * N, g->C + i * N, N);
   }
-  finish_backward(g, o, s, t, n);
+  finish_backward(g, s, n);
   for (size_t i = n; i-- > 0;) {
-    const int starts = prev && prev[t + i] == -2;
-    const float *from = starts ? g->zero : g->states + i * size;
-    retreat(o->du + i * LANES, o->dd + i * LANES, g->dS, g->dA, g->states + (i + 1) * size, g->decays + i * size, from, g->A,
-            o->dy + i * LANES, g->d + i * LANES, g->u + i * LANES, g->B + i * N, g->C + i * N, N);
-    if (starts) memset(g->dS, 0, size * sizeof(float));
+    retreat(g->du + i * LANES, g->dd + i * LANES, g->dS, g->dA, m->states + i * size, m->decays + i * size, from[i], g->A,
+            g->dy + i * LANES, g->d + i * LANES, g->u + i * LANES, g->B + i * N, g->C + i * N, N);
+    if (from[i] == m->zero) memset(g->dS, 0, size * sizeof(float));
   }
-  for (size_t i = 0; i < n; i++) { /* the lane groups of a block share dC, the blocks of a kv block dB */
-    row_sums(s->dC + (at + i) * D + g->k * N, g->states + (i + 1) * size, N, g->c != g->k * N);
-    row_sums(s->dB + ((at + i) * J + j) * N, g->decays + i * size, N, !first);
-  }
+  row_sums(g->C, m->states, n * N);
+  row_sums(g->B, m->decays, n * N);
   for (size_t i = 0; i < n; i++) /* u = d x, y has D x, d = softplus(v) */
     for (size_t l = 0; l < LANES; l++) {
-      size_t e = i * LANES + l;
-      o->dd[e] = (o->dd[e] + g->x[e] * o->du[e]) * sigmoid(g->v[e]);
-      o->du[e] = g->d[e] * o->du[e] + g->skip[l] * o->dy[e];
-      o->bias[l] += o->dd[e];
+      const size_t e = i * LANES + l;
+      g->dd[e] = (g->dd[e] + g->x[e] * g->du[e]) * sigmoid(g->v[e]);
+      g->du[e] = g->d[e] * g->du[e] + g->skip[l] * g->dy[e];
+      g->dbias[l] += g->dd[e];
     }
-  store_lanes(s->dx + at * D + g->c, o->du, D, n, g->width);
-  store_lanes(s->ddt + at * D + g->c, o->dd, D, n, g->width);
 }
 
-/* All tokens of a group: forward to a checkpoint a chunk, then chunk by chunk back. `first` of its kv block: dB =, else +=. */
-static void backward_group(Group *g, Cotangents *o, const Scan *s, int first) {
-  const size_t N = s->N, T = s->T, size = g->size, bytes = size * sizeof(float), row = g->b * s->D + g->c;
-  const int32_t *prev = s->rows.prev ? s->rows.prev + g->b * T : NULL;
-  float *checkpoint = g->checkpoints;
-  for (size_t t = 0;; t += CHUNK, checkpoint += size) {
-    memcpy(checkpoint, g->S, bytes);
-    if (t + CHUNK >= T) break;
-    stage_call(g, s, t, CHUNK);
-    for (size_t i = 0; i < CHUNK; i++)
-      advance(g->y, g->S, g->decays, prev && prev[t + i] == -2 ? g->zero : g->S, g->A, g->d + i * LANES, g->u + i * LANES,
-              g->B + i * N, g->C + i * N, N);
+/* to[n] (= | add: +=) from[n] */
+static void put(float *to, const float *from, size_t N, int add) {
+  for (size_t n = 0; n < N; n++) to[n] = (add ? to[n] : 0.0f) + from[n];
+}
+
+static void backward_chunk(Tile *m, const Scan *s, const int32_t *prev, size_t t, size_t n) {
+  const size_t D = s->D, N = s->N, J = s->J, rep = D / N / J, row = m->b * s->T + t;
+  stage_call(m, s, t, n);
+  load_rows(m, s, m->g->dy, s->dy + row * D, n);
+  for (size_t q = 0; q < m->groups; q++)
+    backward_group(m, m->g + q, s, prev, m->g[q].checkpoints + t / CHUNK * m->size, t, n);
+  store_rows(m, s, s->dx + row * D, m->g->du, n);
+  store_rows(m, s, s->ddt + row * D, m->g->dd, n);
+  if (s->z) store_rows(m, s, s->dz + row * D, m->g->z, n);
+  for (size_t i = 0; i < n; i++)
+    for (size_t q = 0; q < m->groups; q++) { /* a block's groups share dC, a kv block's dB: the first writes, the others add */
+      const Group *g = m->g + q;
+      put(s->dC + (row + i) * D + g->k * N, g->C + i * N, N, g->c != g->k * N);
+      put(s->dB + ((row + i) * J + g->k / rep) * N, g->B + i * N, N, g->c != g->k / rep * rep * N);
+    }
+}
+
+/* All tokens of a tile: forward, leaving a checkpoint before every chunk, then chunk by chunk back. */
+static void backward_tile(Tile *m, const Scan *s) {
+  const size_t N = s->N, T = s->T, bytes = m->size * sizeof(float), row = m->b * s->D;
+  const int32_t *prev = s->rows.prev ? s->rows.prev + m->b * T : NULL;
+  for (size_t t = 0; t < T; t += CHUNK) {
+    if (t + CHUNK < T) stage_call(m, s, t, CHUNK);
+    for (size_t q = 0; q < m->groups; q++) {
+      Group *g = m->g + q;
+      memcpy(g->checkpoints + t / CHUNK * m->size, g->S, bytes);
+      for (size_t i = 0; t + CHUNK < T && i < CHUNK; i++)
+        advance(g->y, g->S, m->decays, prev && prev[t + i] == -2 ? m->zero : g->S, g->A, g->d + i * LANES, g->u + i * LANES,
+                g->B + i * N, g->C + i * N, N);
+    }
   }
-  if (s->dstate)
-    load_matrix(g->dS, s->dstate, row, g, N);
-  else
+  for (size_t q = 0; q < m->groups; q++) {
+    Group *g = m->g + q;
     memset(g->dS, 0, bytes);
-  memset(g->dA, 0, bytes);
-  memset(o->skip, 0, sizeof o->skip);
-  memset(o->bias, 0, sizeof o->bias);
-  for (size_t t = (T - 1) / CHUNK * CHUNK;; t -= CHUNK, checkpoint -= size) {
-    memcpy(g->states, checkpoint, bytes);
-    backward_chunk(g, o, s, prev, t, min(CHUNK, T - t), first);
-    if (!t) break;
+    memset(g->dA, 0, bytes);
+    memset(g->dskip, 0, sizeof g->dskip);
+    memset(g->dbias, 0, sizeof g->dbias);
+    if (s->dstate) load_matrix(g->dS, s->dstate + row * N, g, N);
   }
-  if (s->dstate) transpose(s->dstate + row * N, N, g->dS, LANES, N, g->width);
-  for (size_t i = 0; i < size; i++) g->dA[i] *= LN2 * g->A[i]; /* dA_log = -exp(A_log) sum d (dS a S) */
-  transpose(s->part_A + row * N, N, g->dA, LANES, N, g->width);
-  store_lanes(s->part_D + row, o->skip, 0, 1, g->width);
-  store_lanes(s->part_bias + row, o->bias, 0, 1, g->width);
+  for (size_t chunks = (T + CHUNK - 1) / CHUNK; chunks-- > 0;)
+    backward_chunk(m, s, prev, chunks * CHUNK, min(CHUNK, T - chunks * CHUNK));
+  for (size_t q = 0; q < m->groups; q++) {
+    Group *g = m->g + q;
+    for (size_t i = 0; i < m->size; i++) g->dA[i] *= LN2 * g->A[i]; /* dA_log = -exp(A_log) sum d (dS a S) */
+    store_matrix(s->part_A + row * N, g->dA, g, N);
+    store_lanes(s->part_D + row + g->c, g->dskip, g->width);
+    store_lanes(s->part_bias + row + g->c, g->dbias, g->width);
+    if (s->dstate) store_matrix(s->dstate + row * N, g->dS, g, N);
+  }
 }
 
 static void backward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, kv block) */
   const Scan *s = arg;
-  const size_t rep = s->D / s->N / s->J;
-  Group g;
-  Cotangents o;
-  group_memory(&g, s, worker);
-  for (size_t item = begin; item < end; item++)
-    for (size_t r = 0; r < rep; r++)
-      for (size_t lane = 0; lane < s->N; lane += LANES) {
-        group_begin(&g, s, item / s->J, item % s->J * rep + r, lane, s->state, item / s->J);
-        backward_group(&g, &o, s, r == 0 && lane == 0);
-      }
+  const size_t part = s->D / s->N / s->J * lane_groups(s->N), row = part * s->J; /* groups of a kv block, of a row of the batch */
+  Tile m;
+  tile_memory(&m, s, worker);
+  for (size_t group = begin * part; group < end * part; group += m.groups) {
+    const size_t left = min(end * part, (group / row + 1) * row) - group;
+    tile_begin(&m, s, group / row, group % row, min(TILE, left), group / row);
+    backward_tile(&m, s);
+  }
 }
 
 /* out[i] += sum_b part[b,i], begin <= i < end.   part (B,n) */
@@ -428,10 +463,11 @@ void selective_scan_backward(real *dx, real *ddt, float *dA_log, real *dB, real 
                              const float *A_log, const real *Bm, const real *C, const float *Dskip, const float *dt_bias,
                              const real *z, Rows rows, size_t B, size_t T, size_t D, size_t N, size_t J) {
   Scan s = {.state = (float *)state, .x = x, .dt = dt, .A_log = A_log, .Bm = Bm, .C = C, .Dskip = Dskip, .dt_bias = dt_bias,
-            .z = z, .rows = rows, .B = B, .T = T, .D = D, .N = N, .J = J, .share = share_of(N, (T + CHUNK - 1) / CHUNK),
+            .z = z, .rows = rows, .B = B, .T = T, .D = D, .N = N, .J = J,
             .dx = dx, .ddt = ddt, .dB = dB, .dC = dC, .dz = dz, .dA_log = dA_log, .dD = dD, .ddt_bias = ddt_bias,
             .dstate = dstate, .dy = dy};
   if (!B || !T || !D || !N || !J) return;
+  size_scratch(&s, (T + CHUNK - 1) / CHUNK);
   s.scratch = device_scratch((workers() * s.share + B * D * (N + 2)) * sizeof(float));
   if (!s.scratch) return;
   s.part_A = s.scratch + workers() * s.share;

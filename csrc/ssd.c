@@ -80,9 +80,12 @@ static inline __attribute__((always_inline)) vec dot_block(const int I, const fl
 #pragma GCC unroll 16
     for (int q = 0; q < LANES; q++) acc[q] += vec_load(a[q / J] + n) * vec_load(b[q % J] + n);
   }
-  vec sum = sum_lanes(acc), tail;
-  for (; n < N; n++, sum += tail)
-    for (int q = 0; q < LANES; q++) tail[q] = a[q / J][n] * b[q % J][n];
+  vec sum = sum_lanes(acc);
+  for (; n < N; n++) {
+    float product[LANES];
+    for (int q = 0; q < LANES; q++) product[q] = a[q / J][n] * b[q % J][n];
+    sum += vec_load(product);
+  }
   return sum;
 }
 

@@ -148,21 +148,20 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
     choose = {name: values[index] for name, values in choose.items()}
     B, device = len(rows), models[0].device
 
-    def uniforms(use, n):  # (B,n) for positions at .. at+n-1
-        position = (at[:, None] + np.arange(n, dtype=np.int32)).ravel()
-        u = ops.uniform(np.repeat(index, n), position, np.full(B * n, use, np.int32), seed=seed, device=device)
-        return u.reshape(B, n)
+    use = np.repeat(np.array([PROPOSE, ACCEPT, SAMPLE], np.int32), (K, K, K + 1))
+    step = np.concatenate([np.arange(K), np.arange(K), np.arange(K + 1)]).astype(np.int32)
+    u = ops.uniform(np.repeat(index, len(use)), (at[:, None] + step).ravel(), np.tile(use, B), seed=int(seed), device=device)
+    u_propose, u_accept, u_sample = (part.copy() for part in np.split(u.reshape(B, -1), (K, 2 * K), axis=1))
 
     ids = np.empty((B, K + 1), np.int32)
     ids[:, 0] = [row.ids[-1] for row in rows]
     proposed = np.empty((B, K, models[0].config["vocab_size"]), np.float32)
-    u = uniforms(PROPOSE, K)
     for k in range(K):
         proposed[:, k] = _draft_logits(models[1], states[1], slots, rows, ids[:, k:k + 1], k)
-        ids[:, k + 1] = ops.sample(proposed[:, k].copy(), **choose, u=u[:, k].copy(), device=models[1].device)
+        ids[:, k + 1] = ops.sample(proposed[:, k].copy(), **choose, u=u_propose[:, k].copy(), device=models[1].device)
     logits = models[0].logits(ids, states[0], keep=0, slot=slots)
-    accepted, token = ops.verify(logits, ids[:, 1:].copy(), proposed, count, **choose, u_accept=uniforms(ACCEPT, K),
-                                 u_sample=uniforms(SAMPLE, K + 1), device=device)
+    accepted, token = ops.verify(logits, ids[:, 1:].copy(), proposed, count, **choose, u_accept=u_accept, u_sample=u_sample,
+                                 device=device)
     states[0].commit(accepted + 1, rows=slots)
     if K > 1:  # the draft has read all proposals but the last
         states[1].commit(np.minimum(accepted, K - 1), rows=slots)
@@ -310,7 +309,8 @@ def _stop_strings(model, stop):
 
 def _stop_ids(model, stop_tokens):
     if stop_tokens is None:
-        return frozenset(folder_stop_tokens(model.folder)) if model.folder else frozenset()
+        own = folder_stop_tokens(model.folder) if model.folder else model.config.get("eos_token_id")
+        return frozenset([own] if isinstance(own, int) else own or [])
     ids = [stop_tokens] if isinstance(stop_tokens, (int, np.integer)) else list(stop_tokens)
     if not all(isinstance(t, (int, np.integer)) for t in ids):
         raise ValueError(f"generate: stop_tokens must be token ids, not {stop_tokens!r}")

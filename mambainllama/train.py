@@ -33,9 +33,10 @@ from .weights import replacing
 def distill(student, teacher, data, recipe, out=None, progress=None):
     """Trains student (in place) to predict what teacher predicts, and the data; → the report.
 
-    data: a JSONL path or a list of rows (data.py). recipe: a dict or the path of a YAML or JSON file (recipe.py). out: the run's
-    folder; called again with it, and with the student and teacher that the run began with, the run goes on; a finished one only
-    gives its weights to student. None: nothing is kept. progress: True or False for the bar; None: only on a terminal.
+    data: a JSONL path or a list of rows; data.py tells their forms, and how they are packed and cut. recipe: a dict or the path
+    of a YAML or JSON file, recipe.py. out: the run's folder; called again with it, and with the student and teacher that the run
+    began with, the run goes on; a finished one only gives its weights to student. None: nothing is kept. progress: True or False
+    for the bar; None: only on a terminal.
 
     Report: "steps", "loss", "ce", "kl" (of the last step), "eval" ({"loss", "ce", "kl"} on eval_data after the last step, or
     None), "stages" (the metrics of each stage's last step), "tokens" (positions computed), "seconds", "tokens_per_second",

@@ -40,7 +40,7 @@ class Backend:
         return [Parameter(w, False) for w in arguments.split()] + [Parameter(w, True) for w in outputs.split()]
 
     def prepare(self, op, args):
-        """The arrays in the dtypes of the spec; what the backend keeps in bf16 is rounded to it, so that its twin sees the same."""
+        """The arrays in the dtypes of the spec; what the backend keeps in bf16 is rounded to it, and its twin sees the same."""
         types = {p.name: p for p in self.parameters(op)}
         out = {}
         for name, value in args.items():

@@ -1,7 +1,8 @@
 """Float64 twins of the ops in csrc/ops.h: forward only, same names, same argument names, plain loops over time.
 
-What is written here follows the formulas of ops.h and nothing else; speed does not matter. Every twin takes NumPy arrays (bf16 as
-uint16 bits) and computes in float64. Where an op changes an argument in place, its twin returns the new array after the outputs.
+What is written here follows the formulas of ops.h and nothing else; speed does not matter. Every twin takes NumPy arrays
+(bf16 as uint16 bits) and computes in float64. Where an op changes an argument in place, its twin returns the new array after
+the outputs.
 The style is that of state-spaces/mamba: selective_scan_ref (selective_scan_interface.py) and ssd_minimal.py.
 
 Dims: B batch, T time, C width, H heads, G kv groups, P head dim, N state size, W conv width, V vocabulary, S slots, M rows.

@@ -189,10 +189,12 @@ def test_stop_tokens_end_rows_and_are_left_out(models, drafts):
 
 def test_the_folder_s_stop_tokens_are_the_default(spoken):
     prompt = spoken.tokenizer.encode("hello")
-    free = mil.generate(spoken, prompt, max_new_tokens=300, temperature=1.5, stop_tokens=[])[0]
+    free = mil.generate(spoken, prompt, max_new_tokens=1200, temperature=1.5, stop_tokens=[])[0]
     first = min(free.tokens.index(t) for t in (257, 258) if t in free.tokens)
-    default = mil.generate(spoken, prompt, max_new_tokens=300, temperature=1.5)[0]
+    default = mil.generate(spoken, prompt, max_new_tokens=1200, temperature=1.5)[0]
     assert default.tokens == free.tokens[:first] and default.finish == "stop"
+    made = mil.random(config("hybrid2") | {"eos_token_id": [257, 258]}, seed=3)  # the same model, without a folder
+    assert mil.generate(made, prompt, max_new_tokens=1200, temperature=1.5)[0].tokens == default.tokens
 
 
 @pytest.mark.parametrize("lookahead", [0, 4])
@@ -213,7 +215,7 @@ def test_stop_strings_and_streaming(spoken, lookahead):
         shown = ""
         for _, text in streamed[:-1]:
             shown += text
-            assert row.text.startswith(shown) and not shown.endswith("\ufffd" * 2)
+            assert row.text.startswith(shown)
     assert sum(row.finish == "stop" for row in out) >= 3
 
 

@@ -88,23 +88,25 @@ def resume(r, B, T, S, *width):
 
 def draw_selective_scan(r, B, T, J, rep, N, bias=True, skip=True, gate=True, parents="chain", S=0, spread=1):
     D = J * rep * N
-    args = dict(x=r.standard_normal((B, T, D)), dt=spread * r.standard_normal((B, T, D)) - 1, A_log=np.log(r.uniform(1, 16, (D, N))),
-                B=r.standard_normal((B, T, J, N)), C=r.standard_normal((B, T, D // N, N)),
-                D=r.standard_normal(D) if skip else None, dt_bias=r.standard_normal(D) if bias else None,
+    args = dict(x=r.standard_normal((B, T, D)), dt=spread * r.standard_normal((B, T, D)) - 1,
+                A_log=np.log(r.uniform(1, 16, (D, N))), B=r.standard_normal((B, T, J, N)),
+                C=r.standard_normal((B, T, D // N, N)), D=r.standard_normal(D) if skip else None, dt_bias=r.standard_normal(D) if bias else None,
                 z=r.standard_normal((B, T, D)) if gate else None, prev=PARENTS[parents](r, B, T))
     return args | (resume(r, B, T, S, D, N) if S else {})
 
 
 def draw_ssd(r, B, T, H, G, P, N, bias=True, skip=True, parents="chain", S=0, spread=1):
-    args = dict(x=r.standard_normal((B, T, G, P)), dt=spread * r.standard_normal((B, T, H)) - 1, A_log=np.log(r.uniform(1, 16, H)),
-                B=r.standard_normal((B, T, G, N)), C=r.standard_normal((B, T, H, N)), D=r.standard_normal(H) if skip else None,
-                dt_bias=r.standard_normal(H) if bias else None, prev=PARENTS[parents](r, B, T))
+    args = dict(x=r.standard_normal((B, T, G, P)), dt=spread * r.standard_normal((B, T, H)) - 1,
+                A_log=np.log(r.uniform(1, 16, H)), B=r.standard_normal((B, T, G, N)), C=r.standard_normal((B, T, H, N)),
+                D=r.standard_normal(H) if skip else None, dt_bias=r.standard_normal(H) if bias else None,
+                prev=PARENTS[parents](r, B, T))
     return args | (resume(r, B, T, S, H, P, N) if S else {})
 
 
 def draw_lm_loss(r, M, C, V, K=0, temperature=None, kind=None, weights=False, ignore=0.3, bf16=False, spread=1):
     target = np.where(r.random(M) < ignore, -100, r.integers(0, V, M))
-    args = dict(h=spread * r.standard_normal((M, C)), w=matrix(r, bf16, V, C), target=target, temperature=temperature, kind=kind)
+    args = dict(h=spread * r.standard_normal((M, C)), w=matrix(r, bf16, V, C), target=target,
+                temperature=temperature, kind=kind)
     if K:
         args.update(th=r.standard_normal((M, K)), tw=matrix(r, bf16, V, K))
     if weights:
@@ -241,7 +243,7 @@ def computed(backend, key, compute):
     return COMPUTED[key]
 
 
-# ---- values ------------------------------------------------------------------------------------------------------------------
+# ---- values -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op, reason, sizes", named(CASES))
@@ -288,13 +290,13 @@ def test_transfer(backend, dst, src):
     assert same(got, twin.transfer(args["dst"], args["src"], 2, 5, 4))
 
 
-# ---- gradients ---------------------------------------------------------------------------------------------------------------
+# ---- gradients --------------------------------------------------------------------------------------------------------------
 
 WANTED = {"linear": ("x", "w", "bias"), "embedding": ("w",), "rmsnorm": ("x", "w"), "gated_rmsnorm": ("x", "z", "w"),
           "swiglu": ("gate", "up"), "rope": ("x",), "attention": ("q", "k", "v"), "conv1d": ("x", "w", "bias"),
           "selective_scan": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "z", "state"),
           "ssd": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "state"), "lm_loss": ("h", "w")}
-# dA_log of a head sums T P N terms of both signs: where they nearly cancel, float32 autograd of the plain formula reaches 1e-5 too.
+# dA_log of a head sums T P N terms of both signs; where they nearly cancel, float32 autograd of the plain loop is off by 1e-5.
 LOOSER = {"A_log": 10}
 GRADIENT_CASES = [c for c in CASES if "pos" not in c[2] and c[2].get("T") != 0]
 
@@ -368,9 +370,10 @@ def test_backward(backend, op, reason, sizes):
             backend.close(frozen[name], f64(value), f"{name} with the parameters frozen")
 
 
-# ---- decode: a stateful op and its State, moved by hand ------------------------------------------------------------------------
+# ---- decode: a stateful op and its State, moved by hand ---------------------------------------------------------------------
 
-TIMES = {"attention": ("q", "k", "v"), "conv1d": ("x",), "selective_scan": ("x", "dt", "B", "C", "z"), "ssd": ("x", "dt", "B", "C")}
+TIMES = {"attention": ("q", "k", "v"), "conv1d": ("x",), "selective_scan": ("x", "dt", "B", "C", "z"),
+         "ssd": ("x", "dt", "B", "C")}
 STREAMS = [
     ("attention", "grouped", dict(H=6, G=2, P=20)),
     ("attention", "window", dict(H=4, G=4, P=16, window=9)),
@@ -434,7 +437,7 @@ class Stream:
         before = {k: v.copy() for k, v in self.memory.items()}
         out = getattr(self.module, f"{self.op}_forward")(**args)
         others = np.setdiff1d(np.arange(SLOTS), slot)
-        assert all(same(v[others], before[k][others]) for k, v in self.memory.items()), "a slot that is not in the batch changed"
+        assert all(same(v[others], before[k][others]) for k, v in self.memory.items()), "a slot outside the batch changed"
         self.seen[slot] = self.committed[slot] if T <= self.module.PENDING else pos[slot] + keep
         moved = slot[(keep > 0) | (T > self.module.PENDING)]
         self.committed[moved] = (pos[slot] + keep)[np.isin(slot, moved)]
@@ -487,7 +490,7 @@ def test_prefill_goes_on_from_pending_tokens(backend, op, reason, sizes):
 @pytest.mark.parametrize("op, reason, sizes", named([c for c in STREAMS if c[0] in ("selective_scan", "ssd")]))
 @pytest.mark.parametrize("T", [20, 32, 40, 64])
 def test_a_state_after_packed_documents_is_the_last_ones(backend, op, reason, sizes, T):
-    """Three documents in one call behind a prompt of 21: what is committed then, from the ring on, knows nothing before them."""
+    """Documents start in a call behind a prompt of 21: what goes on from it knows nothing before the last one."""
     stream, slot = Stream(backend, op, sizes), [2, 0, 1]
     prev = np.tile(np.arange(LENGTH) - 1, (SLOTS, 1))
     for b in range(SLOTS):
@@ -561,7 +564,7 @@ def test_rejected_tokens_leave_no_trace(backend, op, reason, sizes, draft):
 
 @streams
 def test_pending_tokens_are_extended(backend, op, reason, sizes):
-    """A draft model's steps: nothing is committed, every call goes on from the pending tokens; then some of them are accepted."""
+    """A draft model's steps: nothing is committed, calls go on from the pending tokens; then some of them are accepted."""
     slot = [0, 2]
     begin = Stream(backend, op, sizes)
     begin.call(begin.take(slot, [0, 0], 29), slot)
@@ -625,7 +628,7 @@ def test_pointwise_ops_are_row_invariant(backend, op, sizes, by_row):
         assert same(call(**part), expected[begin:end].copy()), f"rows {begin}:{end}"
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------------------
+# ---- sampling ---------------------------------------------------------------------------------------------------------------
 
 
 def philox_uniform(backend, n, use):
