@@ -1,12 +1,12 @@
 /* conv1d.c - causal depthwise convolution along prev, then SiLU.
  *
- * A tile is TOKENS tokens by CHANNELS neighbouring inputs, for one of the rep outputs that each input has; vectors run along
- * channels, and every output adds its taps in the order of i, so that its bits depend on its own taps alone. */
+ * A tile is TOKENS tokens by CHANNELS neighbouring inputs, for one of the rep outputs that each input has. Vectors run along
+ * channels, and an output adds its taps in the order of i, so that its bits depend on them alone. */
 #include "device.h"
 #include "gemm.h"
 #include "ops.h"
 
-enum { CHANNELS = 64, TOKENS = PENDING };
+enum { CHANNELS = 128, TOKENS = 16 };
 
 typedef struct {
   real *y, *cache;
@@ -201,7 +201,7 @@ static void backward_range(void *arg, size_t begin, size_t end, size_t worker) {
   const Conv *s = arg;
   Tile a;
   tile_memory(&a, s, worker);
-  for (size_t item = begin, last; item < end; item = last) { /* the chunks of one row: by rows of TOKENS, through all of them */
+  for (size_t item = begin, last; item < end; item = last) { /* one b: TOKENS at a time through its chunks */
     a.b = item / s->chunks;
     last = min(end, (a.b + 1) * s->chunks);
     for (size_t t = 0; t < s->T; t += TOKENS)

@@ -4,7 +4,7 @@
 #include "device.h"
 #include "ops.h"
 
-enum { BLOCK = 256, MAX_ROWS = 256, MAX_LOGITS = 1 << 22 }; /* floats summed before double; rows, logits of a chunk */
+enum { BLOCK = 256, MAX_ROWS = 256, MAX_LOGITS = 1 << 23 }; /* floats summed before double; rows, logits of a chunk */
 
 /* A chunk: z (n,V) the student's logits, then d loss / dz if `gradient`; u (n,V) the teacher's, or NULL; row (n) which m. */
 typedef struct {

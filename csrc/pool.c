@@ -15,7 +15,8 @@ static pthread_mutex_t users = PTHREAD_MUTEX_INITIALIZER; /* held by the thread 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static size_t started; /* helper threads running in this process */
-static atomic_uint generation, sleepers, running;
+static atomic_uint generation, sleepers, unfinished;
+static atomic_uint claimed[MAX_WORKERS]; /* the last generation whose part i somebody took */
 static struct {
   void (*f)(void *, size_t, size_t, size_t);
   void *arg;
@@ -41,9 +42,17 @@ static void relax(void) {
 #endif
 }
 
-static void part(size_t i) {
+static void run_part(size_t i) {
   size_t begin = job.n * i / job.parts, end = job.n * (i + 1) / job.parts;
   if (begin < end) job.f(job.arg, begin, end, i);
+  atomic_fetch_sub(&unfinished, 1);
+}
+
+/* Part i of job g, unless it is taken. Who runs a part does not matter to its result, so the caller takes over from a worker that
+ * the system has not woken yet; a job stands until all its parts are taken and done, so a part won here is the current job's. */
+static int take_part(size_t i, unsigned g) {
+  unsigned before = atomic_load(claimed + i);
+  return (int)(before - g) < 0 && atomic_compare_exchange_strong(claimed + i, &before, g);
 }
 
 static void *work_loop(void *id) {
@@ -58,9 +67,8 @@ static void *work_loop(void *id) {
       atomic_fetch_sub(&sleepers, 1);
       pthread_mutex_unlock(&lock);
     }
-    seen++;
-    part((size_t)(uintptr_t)id);
-    atomic_fetch_sub(&running, 1);
+    seen = atomic_load(&generation);
+    if (take_part((size_t)(uintptr_t)id, seen)) run_part((size_t)(uintptr_t)id);
   }
   return NULL;
 }
@@ -71,13 +79,14 @@ static void after_fork_child(void) { /* the threads stayed with the parent: star
   started = 0;
   atomic_store(&generation, 0);
   atomic_store(&sleepers, 0);
+  for (size_t i = 0; i < MAX_WORKERS; i++) atomic_store(claimed + i, 0);
   pthread_mutex_init(&lock, NULL);
   pthread_cond_init(&wake, NULL);
   pthread_mutex_unlock(&users);
 }
 static void watch_fork(void) { pthread_atfork(before_fork, after_fork_parent, after_fork_child); }
 
-static int start(size_t wanted) {
+static void start(size_t wanted) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, watch_fork);
   while (started < wanted) {
@@ -88,10 +97,9 @@ static int start(size_t wanted) {
     pthread_attr_setstacksize(&attr, 1 << 21);
     int failed = pthread_create(&thread, &attr, work_loop, (void *)(uintptr_t)(started + 1));
     pthread_attr_destroy(&attr);
-    if (failed) return 0;
+    if (failed) return;
     started++;
   }
-  return 1;
 }
 
 void parallel(void (*f)(void *arg, size_t begin, size_t end, size_t worker), void *arg, size_t n, double work) {
@@ -104,19 +112,17 @@ void parallel(void (*f)(void *arg, size_t begin, size_t end, size_t worker), voi
   pthread_mutex_lock(&users);
   inside = 1;
   job.f = f, job.arg = arg, job.n = n, job.parts = parts;
-  if (atomic_load(&generation) == 0 ? start(parts - 1) : started == parts - 1) {
-    atomic_store(&running, (unsigned)(parts - 1));
-    atomic_fetch_add(&generation, 1);
-    if (atomic_load(&sleepers)) {
-      pthread_mutex_lock(&lock);
-      pthread_cond_broadcast(&wake);
-      pthread_mutex_unlock(&lock);
-    }
-    part(0);
-    for (int spin = 0; atomic_load(&running); spin++) spin < SPINS * 16 ? relax() : (void)sched_yield();
-  } else { /* threads could not be had: the same split, one part after the other */
-    for (size_t i = 0; i < parts; i++) part(i);
+  start(parts - 1); /* threads that cannot be had are not missed: the caller takes every part that nobody else does */
+  atomic_store(&unfinished, (unsigned)parts);
+  unsigned g = atomic_fetch_add(&generation, 1) + 1;
+  if (atomic_load(&sleepers)) {
+    pthread_mutex_lock(&lock);
+    pthread_cond_broadcast(&wake);
+    pthread_mutex_unlock(&lock);
   }
+  for (size_t i = 0; i < parts; i++)
+    if (take_part(i, g)) run_part(i);
+  for (int spin = 0; atomic_load(&unfinished); spin++) spin < SPINS ? relax() : (void)sched_yield();
   inside = 0;
   pthread_mutex_unlock(&users);
 }

@@ -36,15 +36,15 @@ typedef struct {
 /* LANES channels of a block, c .. c+width; lanes past width hold 0. */
 typedef struct {
   size_t k, c, width;
-  float *A, *S, *dS, *dA, *checkpoints;          /* (N,LANES); A = -exp(A_log) log2(e): the decay is 2^(d A) */
-  float *B, *C;                                  /* the staged tokens: (CHUNK,N) */
-  float *x, *v, *d, *u, *y, *z, *dy, *du, *dd;   /* and (CHUNK,LANES) */
+  float *A, *S, *dS, *dA, *checkpoints;        /* (N,LANES); A = -exp(A_log) log2(e): the decay is 2^(d A) */
+  float *B, *C;                                /* the staged tokens: (CHUNK,N) */
+  float *x, *v, *d, *u, *y, *z, *dy, *du, *dd; /* and (CHUNK,LANES) */
   float bias[LANES], skip[LANES], dbias[LANES], dskip[LANES];
 } Group;
 /* Neighbouring groups of row b. */
 typedef struct {
-  size_t b, groups, size;         /* size = N*LANES */
-  float *zero, *states, *decays;  /* 1, PENDING and CHUNK of (N,LANES), for one group after the other */
+  size_t b, groups, size;        /* size = N*LANES */
+  float *zero, *states, *decays; /* 1, PENDING and CHUNK of (N,LANES), for one group after the other */
   Group g[TILE];
 } Tile;
 
@@ -92,7 +92,7 @@ static void store_lanes(float *to, const float *from, size_t width) {
     for (size_t l = 0; l < width; l++) to[l] = from[l];
 }
 
-/* n rows of (.,D) to the groups' rows of LANES, of which `lanes` are group 0's; and back. */
+/* n rows of (.,D) to the groups' rows of LANES, `lanes` being group 0's; and back. */
 static void load_rows(const Tile *m, const Scan *s, float *lanes, const float *rows, size_t n) {
   for (size_t i = 0; i < n; i++)
     for (size_t q = 0; q < m->groups; q++)
@@ -251,7 +251,7 @@ static void finish(Tile *m, const Scan *s, const Past *p, size_t t, size_t n) {
   }
 }
 
-/* The positions at .. at+n, which lie on one side of pos and of mark. A tree's states are kept by token: its tile is one group. */
+/* Positions at .. at+n, all on one side of pos and of mark. A tree keeps a state a token, so that its tiles are single groups. */
 static void forward_chunk(Tile *m, const Scan *s, const Past *p, size_t at, size_t n) {
   const int mine = at >= p->pos; /* the call's tokens t .. t+n, not the ring's */
   const size_t t = mine ? at - p->pos : 0, N = s->N, size = m->size;
@@ -350,9 +350,10 @@ static void finish_backward(Group *g, const Scan *s, size_t n) {
     for (size_t l = 0; l < LANES; l++) g->dskip[l] += g->dy[i * LANES + l] * g->x[i * LANES + l];
 }
 
-/* Tokens t .. t+n of one group: forward from `before`, the state before them, then back. dx becomes du, ddt dd, dz z, and dB, dC
- * take the place of B, C. */
-static void backward_group(const Tile *m, Group *g, const Scan *s, const int32_t *prev, const float *before, size_t t, size_t n) {
+/* Tokens t .. t+n of one group: forward from `before`, the state before them, then back.
+ * du becomes dx, dd ddt, z dz, B dB, C dC (the lanes' part of the last two). */
+static void backward_group(const Tile *m, Group *g, const Scan *s, const int32_t *prev, const float *before, size_t t,
+                           size_t n) {
   const size_t N = s->N, size = m->size;
   const float *from[CHUNK];
   for (size_t i = 0; i < n; i++) { /* states[i] is the state after token t+i */
@@ -435,7 +436,7 @@ static void backward_tile(Tile *m, const Scan *s) {
 
 static void backward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, kv block) */
   const Scan *s = arg;
-  const size_t part = s->D / s->N / s->J * lane_groups(s->N), row = part * s->J; /* groups of a kv block, of a row of the batch */
+  const size_t part = s->D / s->N / s->J * lane_groups(s->N), row = part * s->J; /* groups of a kv block, of a row */
   Tile m;
   tile_memory(&m, s, worker);
   for (size_t group = begin * part; group < end * part; group += m.groups) {

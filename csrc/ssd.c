@@ -13,7 +13,7 @@
 #include "gemm.h"
 #include "ops.h"
 
-enum { CHUNK = 16, HEADS = 4, RING = SSD_RING + PENDING, PAST = RING + PENDING };
+enum { CHUNK = 16, RING = SSD_RING + PENDING, PAST = RING + PENDING };
 static const float NEVER = -1e4f; /* a logarithm of 0 */
 
 typedef struct {
@@ -25,8 +25,7 @@ typedef struct {
   Rows rows;
   size_t B, T, H, G, P, N;
   float *scratch, *partial;
-  size_t heads; /* that a worker of a sequence takes at once, at most HEADS */
-  size_t each;  /* floats of scratch a worker */
+  size_t each; /* floats of scratch a worker */
 } Ssd;
 
 static size_t min_(size_t a, size_t b) { return a < b ? a : b; }
@@ -64,24 +63,31 @@ static __attribute__((noinline)) void exp_chunk(float *v) {
 
 /* d[i] = softplus(dt[t0+i, h] + dt_bias[h]), i < n <= CHUNK; all CHUNK are written. */
 static void load_d(float *d, const Ssd *s, size_t b, size_t h, size_t t0, size_t n) {
+  const real *dt = s->dt + (b * s->T + t0) * s->H + h;
   float bias = s->dt_bias ? s->dt_bias[h] : 0;
-  for (size_t i = 0; i < CHUNK; i++) d[i] = i < n ? s->dt[(b * s->T + t0 + i) * s->H + h] + bias : 0;
+  for (size_t i = 0; i < CHUNK; i++) d[i] = i < n ? dt[i * s->H] + bias : 0;
   softplus_chunk(d);
 }
 
-/* Lane i*J + j: a[i] . b[j] over N, J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
-static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b, size_t N) {
-  const int J = LANES / I;
+/* Lane i*J + j: a[i] . b[j] over N, j < m <= J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
+static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b, size_t m,
+                                                           size_t N) {
+  const int J = LANES / I, W = J < 4 ? J : 4; /* W rows of b at a time: memory is read nearly in order */
+  size_t body = N / LANES * LANES;
   vec acc[LANES];
-  size_t n = 0;
+  for (int j = 0; j < J; j += W) {
+    vec part[16];
 #pragma GCC unroll 16
-  for (int q = 0; q < LANES; q++) acc[q] = (vec){0};
-  for (; n + LANES <= N; n += LANES) {
+    for (int q = 0; q < I * W; q++) part[q] = (vec){0};
+    for (size_t n = 0; (size_t)j < m && n < body; n += LANES) {
 #pragma GCC unroll 16
-    for (int q = 0; q < LANES; q++) acc[q] += vec_load(a[q / J] + n) * vec_load(b[q % J] + n);
+      for (int q = 0; q < I * W; q++) part[q] += vec_load(a[q / W] + n) * vec_load(b[j + q % W] + n);
+    }
+#pragma GCC unroll 16
+    for (int q = 0; q < I * W; q++) acc[q / W * J + j + q % W] = part[q];
   }
   vec sum = sum_lanes(acc);
-  for (; n < N; n++) {
+  for (size_t n = body; n < N; n++) {
     float product[LANES];
     for (int q = 0; q < LANES; q++) product[q] = a[q / J][n] * b[q % J][n];
     sum += vec_load(product);
@@ -92,7 +98,7 @@ static inline __attribute__((always_inline)) vec dot_block(const int I, const fl
 /* out[r] = row[r] . c over N, r < m; out and row have room up to a multiple of LANES. */
 static __attribute__((noinline)) void dots(float *out, const float **row, size_t m, const float *c, size_t N) {
   for (size_t r = m; r % LANES; r++) row[r] = row[0];
-  for (size_t r = 0; r < m; r += LANES) vec_store(out + r, dot_block(1, &c, row + r, N));
+  for (size_t r = 0; r < m; r += LANES) vec_store(out + r, dot_block(1, &c, row + r, m - r, N));
 }
 
 /* ---- chunks ------------------------------------------------------------------------------------------------------- */
@@ -103,18 +109,28 @@ typedef struct {
   int start[CHUNK];
 } Decay;
 
-/* la, e, w, L of n tokens from d and start */
-static void decay(Decay *k, float A, size_t n) {
-  float a[CHUNK] = {0}, cum = 0;
-  int alive = 1;
-  for (size_t t = 0; t < n; t++) {
-    k->la[t] = -k->d[t] * A;
-    cum += k->la[t];
-    alive &= !k->start[t];
-    a[t] = k->start[t] ? NEVER : k->la[t];
-    k->e[t] = alive ? cum : NEVER;
+/* d and start of this call's tokens t0 .. t0+n, and of the ring's rows row .. row+n; the rest of CHUNK is finite. */
+static void load_chunk(Decay *k, const Ssd *s, size_t b, size_t h, size_t t0, size_t n) {
+  load_d(k->d, s, b, h, t0, n);
+  memset(k->start, 0, sizeof k->start);
+  for (size_t i = 0; s->rows.prev && i < n; i++) k->start[i] = starts(s, b, t0 + i);
+}
+static void load_ring(Decay *k, const Ssd *s, size_t row, size_t h, size_t n) {
+  for (size_t i = 0; i < CHUNK; i++) {
+    float d = i < n ? s->ring.dt[(row + i) * s->H + h] : 0;
+    k->d[i] = fabsf(d);
+    k->start[i] = signbit(d) != 0;
   }
-  for (size_t t = n; t < CHUNK; t++) k->e[t] = NEVER;
+}
+
+/* la, e, w, L of n tokens from d and start; what belongs to tokens after n is finite */
+static void decay(Decay *k, float A, size_t n) {
+  float a[CHUNK], cum = 0;
+  for (size_t t = 0; t < CHUNK; t++) {
+    k->la[t] = -k->d[t] * A;
+    a[t] = k->start[t] ? NEVER : k->la[t];
+  }
+  for (size_t t = 0; t < CHUNK; t++) k->e[t] = cum += a[t];
   exp_chunk(a);
   exp_chunk(k->e);
   for (size_t t = 0; t < n; t++)
@@ -137,16 +153,16 @@ static __attribute__((noinline)) void causal_dots(float *out, const float *a, si
       float q[LANES];
       for (size_t i = 0; i < I; i++) at[i] = a + min_(t + i, n - 1) * lda;
       for (size_t j = 0; j < J; j++) bs[j] = b + min_(s + j, n - 1) * ldb;
-      vec_store(q, dot_block(I, at, bs, K));
+      vec_store(q, dot_block(I, at, bs, J, K));
       for (size_t i = 0; i < I; i++) memcpy(out + (t + i) * CHUNK + s, q + i * J, J * sizeof *q);
     }
 }
 
 static void prefetch(const float *p, size_t n) {
-  for (size_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+  for (size_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 2); /* to L2: S has use for L1 */
 }
 
-/* y of one chunk, while the rows of `ahead` tokens after it, which lie far apart, are fetched; S (N,P) NULL: zero */
+/* y of one chunk; S (N,P) NULL: zero. The rows of the next `ahead` tokens lie far apart and are fetched bit by bit meanwhile. */
 static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, const real *Bm, const real *C, const float *S,
                          float D, size_t n, size_t ahead) {
   size_t ldx = s->G * s->P, ldB = s->G * s->N, ldC = s->H * s->N, ldy = s->H * s->P;
@@ -156,15 +172,18 @@ static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, c
     for (size_t i = 0; i < CHUNK; i++) M[t * CHUNK + i] *= k->L[t * CHUNK + i] * k->d[i];
     M[t * CHUNK + t] += D;
   }
+  ahead = min_(ahead, CHUNK);
   for (size_t t = 0; t < n; t += TILE_ROWS) {
     size_t m = min_(TILE_ROWS, n - t);
-    for (size_t i = t; i < t + m && i < ahead; i++) {
-      prefetch(x + (n + i) * ldx, s->P);
-      prefetch(Bm + (n + i) * ldB, s->N);
+    for (size_t i = t; i < min_(t + m, ahead); i++) {
       prefetch(C + (n + i) * ldC, s->N);
       prefetch(y + (n + i) * ldy, s->P);
     }
     if (S) gemm(y + t * ldy, ldy, C + t * ldC, ldC, 1, S, s->P, m, s->P, s->N, 0);
+    for (size_t i = t; i < min_(t + m, ahead); i++) {
+      prefetch(x + (n + i) * ldx, s->P);
+      prefetch(Bm + (n + i) * ldB, s->N);
+    }
     gemm_scaled(y + t * ldy, ldy, S ? k->e + t : NULL, 1, M + t * CHUNK, CHUNK, 1, x, ldx, m, s->P, t + m); /* then zeros */
   }
 }
@@ -176,49 +195,36 @@ static void chunk_state(const Ssd *s, const Decay *k, float *S, int live, const 
   gemm_scaled(S, s->P, live ? &k->last : NULL, 0, Bm, 1, s->G * s->N, wx, s->P, s->N, s->P, n);
 }
 
-/* One head's tokens at positions q .. stop, which lie either before or after pos. S (N,P), live 0: zero. */
-static void sequence_chunk(const Ssd *s, const Span *p, size_t b, size_t h, size_t q, size_t stop, float *S, float *wx, int live) {
-  size_t P = s->P, N = s->N, g = h / (s->H / s->G), t = q - p->pos, n = stop - q, end = p->pos + s->T;
-  int old = q < p->pos;
-  size_t row = old ? p->slot * RING + q % RING : b * s->T + t;
-  const real *x = (old ? s->ring.x : s->x) + (row * s->G + g) * P, *Bm = (old ? s->ring.B : s->Bm) + (row * s->G + g) * N;
-  Decay k;
-  if (!old) load_d(k.d, s, b, h, t, n);
-  for (size_t i = 0; i < n; i++) {
-    float ring = old ? s->ring.dt[(row + i) * s->H + h] : 0;
-    if (old) k.d[i] = fabsf(ring);
-    k.start[i] = old ? signbit(ring) != 0 : starts(s, b, t + i);
-  }
-  decay(&k, exp_(s->A_log[h]), n);
-  if (!old)
-    chunk_output(s, &k, s->y + (row * s->H + h) * P, x, Bm, s->C + (row * s->H + h) * N, live ? S : NULL,
-                 s->Dskip ? s->Dskip[h] : 0, n, end - stop);
-  if (stop < end || (s->state && stop == p->checkpoint)) chunk_state(s, &k, S, live, x, Bm, wx, n);
-}
-
-/* The tokens of heads h0 .. h0+heads from the state's position on: those in the ring, then this call's. Heads take turns at
- * a chunk because their rows lie side by side. */
-static void sequence(const Ssd *s, size_t b, size_t h0, size_t heads, float *scratch) {
+/* A head's tokens from the state's position on: those in the ring, then this call's. */
+static void sequence(const Ssd *s, size_t b, size_t h, float *scratch) {
   Span p = span(s, b);
-  size_t P = s->P, N = s->N, size = round_up(N * P), end = p.pos + s->T, stop;
-  float *S = scratch, *wx = S + HEADS * size, *state = s->state ? s->state + (p.slot * s->H + h0) * P * N : NULL;
+  size_t P = s->P, N = s->N, g = h / (s->H / s->G), end = p.pos + s->T, n;
+  float A = exp_(s->A_log[h]), D = s->Dskip ? s->Dskip[h] : 0;
+  float *S = scratch, *wx = S + round_up(N * P), *state = s->state ? s->state + (p.slot * s->H + h) * P * N : NULL;
   int live = state != NULL;
-  for (size_t i = 0; state && i < heads; i++) transpose(S + i * size, P, state + i * P * N, N, P, N);
-  for (size_t q = p.begin; q < end; q = stop, live = 1) {
-    stop = q < p.pos ? min_(p.pos, q + SSD_RING) : min_(end, q + CHUNK);
+  if (live) transpose(S, P, state, N, P, N);
+  for (size_t q = p.begin; q < end; q += n) {
+    int old = q < p.pos;
+    size_t stop = old ? min_(p.pos, q + SSD_RING) : min_(end, q + CHUNK), t = q - p.pos;
     if (q < p.checkpoint) stop = min_(stop, p.checkpoint);
-    for (size_t i = 0; i < heads; i++) sequence_chunk(s, &p, b, h0 + i, q, stop, S + i * size, wx, live);
-    for (size_t i = 0; state && stop == p.checkpoint && i < heads; i++) transpose(state + i * P * N, N, S + i * size, P, N, P);
+    n = stop - q;
+    size_t row = old ? p.slot * RING + q % RING : b * s->T + t;
+    const real *x = (old ? s->ring.x : s->x) + (row * s->G + g) * P, *Bm = (old ? s->ring.B : s->Bm) + (row * s->G + g) * N;
+    Decay k;
+    if (old) load_ring(&k, s, row, h, n);
+    else load_chunk(&k, s, b, h, t, n);
+    decay(&k, A, n);
+    if (!old)
+      chunk_output(s, &k, s->y + (row * s->H + h) * P, x, Bm, s->C + (row * s->H + h) * N, live ? S : NULL, D, n, end - stop);
+    if (stop < end || (state && stop == p.checkpoint)) chunk_state(s, &k, S, live, x, Bm, wx, n);
+    live = 1;
+    if (state && stop == p.checkpoint) transpose(state, N, S, P, N, P);
   }
 }
 
 static void sequence_range(void *arg, size_t begin, size_t end, size_t worker) {
   const Ssd *s = arg;
-  size_t blocks = (s->H + s->heads - 1) / s->heads;
-  for (size_t i = begin; i < end; i++) {
-    size_t h = i % blocks * s->heads;
-    sequence(s, i / blocks, h, min_(s->heads, s->H - h), s->scratch + worker * s->each);
-  }
+  for (size_t i = begin; i < end; i++) sequence(s, i / s->H, i % s->H, s->scratch + worker * s->each);
 }
 
 /* ---- replay ------------------------------------------------------------------------------------------------------- */
@@ -428,13 +434,10 @@ void ssd_forward(real *y, float *state, Ring ring, const real *x, const real *dt
            .rows = rows, .B = B, .T = T, .H = H, .G = G, .P = P, .N = N};
   if (!B || !T || !H) return;
   if (state) s.ring = ring;
-  s.each = HEADS * round_up(P * N) + CHUNK * (round_up(P) + round_up(N)) + PENDING * round_up(P);
+  s.each = round_up(P * N) + CHUNK * (round_up(P) + round_up(N)) + PENDING * round_up(P);
   s.scratch = device_scratch(workers() * s.each * sizeof(float));
   if (!s.scratch) return;
-  double work = 4.0 * (double)(T * P * N);
-  s.heads = B * H < 4 * HEADS * workers() ? 1 : HEADS;
-  if (state && T <= PENDING) parallel(replay_range, &s, B * H, work);
-  else parallel(sequence_range, &s, B * ((H + s.heads - 1) / s.heads), work * (double)s.heads);
+  parallel(state && T <= PENDING ? replay_range : sequence_range, &s, B * H, 4.0 * (double)(T * P * N));
   if (s.ring.x) parallel(remember_range, &s, B * T, (double)(G * (P + N)));
 }
 
@@ -473,11 +476,9 @@ typedef struct {
   double partial[PARTIALS];
 } Back;
 
-static void load_chunk(Back *r, size_t c) {
-  const Ssd *s = r->s;
-  r->t0 = chunk_at(s->T, r->stop, c, &r->n);
-  load_d(r->k.d, s, r->b, r->h, r->t0, r->n);
-  for (size_t i = 0; i < r->n; i++) r->k.start[i] = starts(s, r->b, r->t0 + i);
+static void take_chunk(Back *r, size_t c) {
+  r->t0 = chunk_at(r->s->T, r->stop, c, &r->n);
+  load_chunk(&r->k, r->s, r->b, r->h, r->t0, r->n);
   decay(&r->k, r->A, r->n);
 }
 
@@ -560,7 +561,7 @@ static void head_backward(Back *r, int first) {
   memset(r->partial, 0, sizeof r->partial);
   if (s->state) transpose(r->states, P, s->state + head, N, P, N);
   for (size_t c = 0; c + 1 < count; c++) {
-    load_chunk(r, c);
+    take_chunk(r, c);
     size_t kv = (r->b * s->T + r->t0) * s->G + r->g;
     float *S = r->states + (c + 1) * PN;
     memcpy(S, S - PN, PN * sizeof(float));
@@ -568,7 +569,7 @@ static void head_backward(Back *r, int first) {
   }
   if (s->dstate) transpose(spare, P, s->dstate + head, N, P, N);
   for (size_t c = count; c-- > 0;) {
-    load_chunk(r, c);
+    take_chunk(r, c);
     for (size_t i = 0; s->dstate && r->t0 + r->n == r->stop && i < PN; i++) r->dS[i] += spare[i];
     chunk_backward(r, r->states + c * PN, first);
   }

@@ -71,7 +71,7 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
                     likeliest (0: all), the smallest set of mass top_p, those of at least min_p times the largest.
     seed            of the uniforms; a sampled row depends on it, on its prompt and on its place in `prompts`, not on the others
     stop            a string or a list of them: generation ends where one has appeared, `.text` ends before it
-    stop_tokens     ids that end a row; None: those that the model's folder names, []: none
+    stop_tokens     ids that end a row; None: those of the model's folder or config, []: none
     draft           a model of the same vocabulary and any kind of layers that proposes `lookahead` (0 to 15) tokens a round
     callback        called as callback(index, token, text) for each of a row's tokens, `text` being what became certain with
                     it ("" or whole characters, never part of a stop string), and once as callback(index, None, rest) when

@@ -90,7 +90,8 @@ def draw_selective_scan(r, B, T, J, rep, N, bias=True, skip=True, gate=True, par
     D = J * rep * N
     args = dict(x=r.standard_normal((B, T, D)), dt=spread * r.standard_normal((B, T, D)) - 1,
                 A_log=np.log(r.uniform(1, 16, (D, N))), B=r.standard_normal((B, T, J, N)),
-                C=r.standard_normal((B, T, D // N, N)), D=r.standard_normal(D) if skip else None, dt_bias=r.standard_normal(D) if bias else None,
+                C=r.standard_normal((B, T, D // N, N)), D=r.standard_normal(D) if skip else None,
+                dt_bias=r.standard_normal(D) if bias else None,
                 z=r.standard_normal((B, T, D)) if gate else None, prev=PARENTS[parents](r, B, T))
     return args | (resume(r, B, T, S, D, N) if S else {})
 
@@ -392,16 +393,16 @@ streams = pytest.mark.parametrize("op, reason, sizes", named(STREAMS))
 class Stream:
     """SLOTS sequences of LENGTH tokens, and the memory of `op` for them: everything that was never written is NaN."""
 
-    def __init__(self, backend, op, sizes, bounded=True):
+    def __init__(self, backend, op, sizes):
         self.module, self.op = backend.module, op
         self.args = arguments(backend, op, dict(B=SLOTS, T=LENGTH) | sizes)
         self.tokens = {k: self.args.pop(k) for k in TIMES[op]}
         self.committed, self.seen = np.zeros(SLOTS, "i4"), np.zeros(SLOTS, "i4")
         if op == "attention":
-            K = sizes["window"] + 32 if "window" in sizes and bounded else LENGTH
+            K = sizes["window"] + 32 if "window" in sizes else LENGTH
             self.memory = {c: self.empty(K, "k") for c in ("kcache", "vcache")}
         elif op == "conv1d":
-            self.memory = {"cache": self.empty(sizes["W"] + 31 if bounded else LENGTH, "x")}
+            self.memory = {"cache": self.empty(sizes["W"] + 31, "x")}
         else:
             R = self.module.SCAN_RING if op == "selective_scan" else self.module.SSD_RING
             x, B = self.tokens["x"], self.tokens["B"]
@@ -505,7 +506,7 @@ def test_a_state_after_packed_documents_is_the_last_ones(backend, op, reason, si
 @streams
 @pytest.mark.parametrize("keep", [[64, 40, 33], [64, 5, 0]])
 def test_prompts_of_different_lengths_prefill_together(backend, op, reason, sizes, keep):
-    stream, slot = Stream(backend, op, sizes, bounded=min(keep) >= 32), [1, 2, 0]
+    stream, slot = Stream(backend, op, sizes), [1, 2, 0]
     expected = whole(backend, stream, op, reason)
     padded = stream.take(slot, [0, 0, 0], 64)
     garbage = stream.take([0, 0, 0], [70, 80, 90], 64)
