@@ -251,7 +251,7 @@ static void finish(Tile *m, const Scan *s, const Past *p, size_t t, size_t n) {
   }
 }
 
-/* Positions at .. at+n, all on one side of pos and of mark. A tree keeps a state a token, so that its tiles are single groups. */
+/* Positions at .. at+n, all on one side of pos and of mark. A tree keeps a state a token, so its tiles are single groups. */
 static void forward_chunk(Tile *m, const Scan *s, const Past *p, size_t at, size_t n) {
   const int mine = at >= p->pos; /* the call's tokens t .. t+n, not the ring's */
   const size_t t = mine ? at - p->pos : 0, N = s->N, size = m->size;

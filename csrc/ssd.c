@@ -69,6 +69,13 @@ static void load_d(float *d, const Ssd *s, size_t b, size_t h, size_t t0, size_t
   softplus_chunk(d);
 }
 
+/* The same for heads h0 .. h0+CHUNK of token t. */
+static void load_heads_d(float *d, const Ssd *s, size_t b, size_t h0, size_t t) {
+  const real *dt = s->dt + (b * s->T + t) * s->H;
+  for (size_t h = h0; h < h0 + CHUNK; h++) d[h - h0] = h < s->H ? dt[h] + (s->dt_bias ? s->dt_bias[h] : 0) : 0;
+  softplus_chunk(d);
+}
+
 /* Lane i*J + j: a[i] . b[j] over N, j < m <= J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
 static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b, size_t m,
                                                            size_t N) {
@@ -276,38 +283,53 @@ static void make_past(Past *p, const Ssd *s, size_t b) {
   }
 }
 
-/* One head of one row. The checkpoint stands after token checkpoint_at (-1: as found). */
+/* One row's heads, CHUNK of them at a time where only decays are concerned: lane h % CHUNK. */
 typedef struct {
   const Ssd *s;
   const Past *past;
   size_t b, h, g;
-  float A, *checkpoint, *local, *wx, *B, *inter;
-  int checkpoint_at;
-  float d[PAST + CHUNK];
+  float *checkpoint, *local, *wx, *B, *inter;
+  int checkpoint_at; /* the token after which the checkpoint stands; -1: as found */
+  float A[CHUNK], d[PAST][CHUNK], e[PENDING][CHUNK], w[PENDING][SSD_RING][CHUNK];
 } Replay;
 
-/* Seen from the end of a run: w[j] = exp(cum_last - cum_j) d_j; returns e = exp(cum_last).   w (CHUNK) */
-static float run_decay(const Replay *r, float *w, const int *list, int n) {
-  float e[CHUNK] = {0}, total = 0;
-  for (int j = 0; j < n; j++) w[j] = total -= r->d[list[j]] * r->A;
-  for (int j = 0; j < CHUNK; j++) w[j] = j < n ? total - w[j] : 0;
-  e[0] = total;
-  exp_chunk(w);
+/* Seen from the end of a run: w[j] = exp(cum_last - cum_j) d_j, e = exp(cum_last).   w (n,CHUNK)  e (CHUNK) */
+static __attribute__((noinline)) void run_decay(const Replay *r, float (*w)[CHUNK], float *e, const int *list, int n) {
+  for (int i = 0; i < CHUNK; i++) e[i] = 0;
+  for (int j = 0; j < n; j++)
+    for (int i = 0; i < CHUNK; i++) w[j][i] = e[i] -= r->d[list[j]][i] * r->A[i];
+  for (int j = 0; j < n; j++) {
+    for (int i = 0; i < CHUNK; i++) w[j][i] = e[i] - w[j][i];
+    exp_chunk(w[j]);
+    for (int i = 0; i < CHUNK; i++) w[j][i] *= r->d[list[j]][i];
+  }
   exp_chunk(e);
-  for (int j = 0; j < n; j++) w[j] *= r->d[list[j]];
-  return e[0];
+}
+
+/* A, d, and every token's decays for the heads from h0 on */
+static void load_heads(Replay *r, size_t h0) {
+  const Ssd *s = r->s;
+  const Past *p = r->past;
+  size_t H = min_(CHUNK, s->H - h0);
+  for (size_t i = 0; i < CHUNK; i++) r->A[i] = i < H ? s->A_log[h0 + i] : 0;
+  exp_chunk(r->A);
+  for (int j = 0; j < p->ring; j++)
+    for (size_t i = 0; i < CHUNK; i++) r->d[j][i] = i < H ? fabsf(p->ring_dt[j][h0 + i]) : 0;
+  for (size_t t = 0; t < s->T; t++) load_heads_d(r->d[(size_t)p->ring + t], s, r->b, h0, t);
+  for (size_t t = 0; t < s->T; t++) run_decay(r, r->w[t], r->e[t], p->list[t], p->length[t]);
 }
 
 /* S (P,N) = e S + sum_j w_j x_j B_j^T, the one way in which a run enters a state; live 0: S counts as zero. */
 static void fold(const Replay *r, float *S, const int *list, int n, int live) {
   size_t P = r->s->P, N = r->s->N;
-  float w[CHUNK], e = run_decay(r, w, list, n);
+  float w[SSD_RING][CHUNK], e[CHUNK];
+  run_decay(r, w, e, list, n);
   for (int j = 0; j < n; j++) {
     const real *x = r->past->x[list[j]] + r->g * P;
-    for (size_t p = 0; p < P; p++) r->wx[(size_t)j * P + p] = w[j] * x[p];
+    for (size_t p = 0; p < P; p++) r->wx[(size_t)j * P + p] = w[j][r->h % CHUNK] * x[p];
     memcpy(r->B + (size_t)j * N, r->past->B[list[j]] + r->g * N, N * sizeof(float));
   }
-  gemm_scaled(S, N, live ? &e : NULL, 0, r->wx, 1, P, r->B, N, P, N, (size_t)n);
+  gemm_scaled(S, N, live ? e + r->h % CHUNK : NULL, 0, r->wx, 1, P, r->B, N, P, N, (size_t)n);
 }
 
 /* Moves a state on to stand after token `target`: run by run along its path, from where it stands or from the checkpoint. */
@@ -331,13 +353,13 @@ static void replay_token(const Replay *r, size_t t, const float *inter) {
   size_t P = s->P, N = s->N, row = (r->b * s->T + t) * s->H + r->h, p = 0;
   const real *x[SSD_RING], *Bm[CHUNK];
   real *y = s->y + row * P;
-  float w[CHUNK], k[CHUNK], e = run_decay(r, w, list, n);
+  float k[CHUNK], e = r->e[t][r->h % CHUNK];
   for (int j = 0; j < n; j++) {
     x[j] = r->past->x[list[j]] + r->g * P;
     Bm[j] = r->past->B[list[j]] + r->g * N;
   }
   dots(k, Bm, (size_t)n, s->C + row * N, N);
-  for (int j = 0; j < n; j++) k[j] *= w[j];
+  for (int j = 0; j < n; j++) k[j] *= r->w[t][j][r->h % CHUNK];
   if (s->Dskip) k[n - 1] += s->Dskip[r->h];
   for (; p + LANES <= P; p += LANES) {
     vec v = inter ? e * vec_load(inter + p) : (vec){0};
@@ -370,8 +392,6 @@ static void replay_head(Replay *r) {
   const Ssd *s = r->s;
   const Past *p = r->past;
   int at = -1, local_at = -3, target = (int)(p->span.checkpoint - p->span.begin) - 1;
-  for (int i = 0; i < p->ring; i++) r->d[i] = fabsf(p->ring_dt[i][r->h]);
-  for (size_t t = 0; t < s->T; t += CHUNK) load_d(r->d + p->ring + t, s, r->b, r->h, t, min_(CHUNK, s->T - t));
   r->checkpoint_at = -1;
   if (s->ring.x) {
     advance(r, r->checkpoint, &at, target);
@@ -393,14 +413,15 @@ static void replay_range(void *arg, size_t begin, size_t end, size_t worker) {
   size_t PN = s->P * s->N;
   float *scratch = s->scratch + worker * s->each;
   Past past;
-  Replay r = {.s = s, .past = &past, .local = scratch};
+  Replay r;
+  r.s = s, r.past = &past, r.local = scratch;
   r.wx = r.local + round_up(PN);
   r.B = r.wx + CHUNK * round_up(s->P);
   r.inter = r.B + CHUNK * round_up(s->N);
   for (size_t i = begin; i < end; i++) {
     if (i == begin || i % s->H == 0) make_past(&past, s, i / s->H);
     r.b = i / s->H, r.h = i % s->H, r.g = r.h / (s->H / s->G);
-    r.A = exp_(s->A_log[r.h]);
+    if (i == begin || r.h % CHUNK == 0) load_heads(&r, r.h / CHUNK * CHUNK);
     r.checkpoint = s->state + (past.span.slot * s->H + r.h) * PN;
     replay_head(&r);
   }
@@ -419,10 +440,8 @@ static void remember_range(void *arg, size_t begin, size_t end, size_t worker) {
     memcpy(s->ring.x + to * s->G * s->P, s->x + i * s->G * s->P, s->G * s->P * sizeof(real));
     memcpy(s->ring.B + to * s->G * s->N, s->Bm + i * s->G * s->N, s->G * s->N * sizeof(real));
     for (size_t h = 0; h < s->H; h += CHUNK) {
-      size_t n = min_(CHUNK, s->H - h);
-      for (size_t j = 0; j < CHUNK; j++) d[j] = j < n ? s->dt[i * s->H + h + j] + (s->dt_bias ? s->dt_bias[h + j] : 0) : 0;
-      softplus_chunk(d);
-      for (size_t j = 0; j < n; j++) s->ring.dt[to * s->H + h + j] = starts(s, b, t) ? -d[j] : d[j];
+      load_heads_d(d, s, b, h, t);
+      for (size_t j = 0; j < min_(CHUNK, s->H - h); j++) s->ring.dt[to * s->H + h + j] = starts(s, b, t) ? -d[j] : d[j];
     }
   }
 }

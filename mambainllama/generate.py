@@ -95,12 +95,13 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     stops = _stop_strings(model, stop)
     ends = _stop_ids(model, stop_tokens)
     lookahead = _lookahead(model, draft, lookahead)
-    if logprobs is not None and not 0 <= logprobs <= model.config["vocab_size"]:
-        raise ValueError(f"generate: logprobs must be 0 to {model.config['vocab_size']} tokens, not {logprobs}")
+    V = model.config["vocab_size"]
+    if logprobs is not None and not (isinstance(logprobs, (int, np.integer)) and 0 <= logprobs <= V):
+        raise ValueError(f"generate: logprobs must be None or 0 to {V} tokens, not {logprobs!r}")
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 1 << 53:
         raise ValueError(f"generate: seed must be an integer from 0 to 2**53 - 1, not {seed!r}")
-    if batch is not None and batch < 1:
-        raise ValueError(f"generate: batch is {batch}, but at least one row must run")
+    if batch is not None and not (isinstance(batch, (int, np.integer)) and batch >= 1):
+        raise ValueError(f"generate: batch must be None or 1 or more rows, not {batch!r}")
 
     rows = [_Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback) for i, ids in enumerate(prompts)]
     waiting = deque(row for row in rows if not row.finished)
