@@ -200,11 +200,13 @@ static void find_low(const Attention *a, size_t B) {
   }
 }
 
+/* The last K of the tokens that may still be asked for: padding behind what may stay pending must not push others out. */
 static void write_cache(real *cache, const real *x, const Attention *a, size_t B) {
   const size_t row = a->G * a->P;
   for (size_t b = 0; b < B; b++) {
     size_t slot = a->rows.slot ? (size_t)a->rows.slot[b] : b, pos = a->rows.pos ? (size_t)a->rows.pos[slot] : 0;
-    for (size_t t = a->T > a->K ? a->T - a->K : 0; t < a->T; t++)
+    size_t end = a->rows.keep ? min(a->T, (size_t)a->rows.keep[b] + PENDING) : a->T;
+    for (size_t t = end > a->K ? end - a->K : 0; t < end; t++)
       memcpy(cache + (slot * a->K + (pos + t) % a->K) * row, x + (b * a->T + t) * row, row * sizeof *x);
   }
 }

@@ -19,6 +19,7 @@ typedef struct {
   int type;   /* a matrix's: FLOAT32 | BFLOAT16 */
   int given;
   double number;
+  uint64_t integer; /* an @ scalar, exactly */
 } Arg;
 
 typedef struct {
@@ -114,14 +115,14 @@ static const char *type_name(char type) {
 static int read_scalar(const Op *op, const Param *p, PyObject *value, Arg *a) {
   a->given = 1;
   if (p->type == '@') {
-    long long v = PyLong_Check(value) || PyIndex_Check(value) ? PyNumber_AsSsize_t(value, PyExc_OverflowError) : -1;
-    if (PyErr_Occurred() || !PyIndex_Check(value) || v < 0) {
-      PyErr_Clear();
-      PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be an integer >= 0, got %R", op->name, p->name, value);
-      return -1;
-    }
-    a->number = (double)v;
-    return 0;
+    PyObject *integer = PyNumber_Index(value);
+    a->integer = integer ? PyLong_AsUnsignedLongLong(integer) : 0;
+    a->number = (double)a->integer;
+    Py_XDECREF(integer);
+    if (!PyErr_Occurred()) return 0;
+    PyErr_Clear();
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be an integer from 0 to 2^64 - 1, got %R", op->name, p->name, value);
+    return -1;
   }
   a->number = PyFloat_AsDouble(value);
   if (PyErr_Occurred() || !isfinite(a->number)) {
@@ -216,7 +217,7 @@ static int check_range(const Op *op, const Arg *a, const char *name, long long l
   return 0;
 }
 
-int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int tree, size_t B, size_t T, size_t S) {
+int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int past, size_t B, size_t T, size_t S) {
   for (size_t b = 0; b < B && slot; b++)
     for (size_t c = 0; c < b; c++)
       if (slot[b] == slot[c]) {
@@ -229,11 +230,28 @@ int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int t
   }
   for (size_t m = 0; prev && m < B * T; m++) {
     long t = (long)(m % T), p = prev[m];
-    if (p == t - 1 || p == -2 || (tree && p >= -1 && p < t)) continue;
+    if (p == t - 1 || (p == -2 && !past) || (past && T <= PENDING && p >= -1 && p < t)) continue;
     PyErr_Format(PyExc_ValueError,
-                 tree ? "%s: prev[%zu,%ld] is %ld, expected -2 to %ld"
-                      : "%s: prev[%zu,%ld] is %ld, expected -2 or %ld (trees need a state and at most 32 tokens)",
+                 !past          ? "%s: prev[%zu,%ld] is %ld, expected -2 or %ld (trees need a state and at most 32 tokens)"
+                 : T <= PENDING ? "%s: prev[%zu,%ld] is %ld, expected -1 to %ld (documents cannot start inside a state)"
+                                : "%s: prev[%zu,%ld] is %ld, expected %ld (more than 32 tokens with a state)",
                  what, m / T, t, p, t - 1);
+    return -1;
+  }
+  return 0;
+}
+
+/* The cursors of the slots in use: seen <= committed <= pos, and what lies between them fits a ring of R + PENDING tokens. */
+static int check_cursors(const Op *op, Rows r, size_t B, size_t T) {
+  for (size_t b = 0; b < B; b++) {
+    size_t s = r.slot ? (size_t)r.slot[b] : b;
+    long pos = r.pos ? r.pos[s] : 0, committed = r.committed ? r.committed[s] : 0, seen = r.seen ? r.seen[s] : 0;
+    if (seen <= committed && committed <= pos && pos - committed + (T <= PENDING ? (long)T : 0) <= PENDING && committed - seen <= PENDING)
+      continue;
+    PyErr_Format(PyExc_ValueError,
+                 "%s: slot %zu has seen %ld, committed %ld, pos %ld: expected seen <= committed <= pos, at most %d between seen and "
+                 "committed, and at most %d pending with this call's %zu tokens",
+                 op->name, s, seen, committed, pos, PENDING, PENDING, T);
     return -1;
   }
   return 0;
@@ -249,6 +267,17 @@ static int both_or_none(const Op *op, const Arg *a, const char *one, const char 
 static int has(const Op *op, const Arg *a, const char *name) {
   int i = find_param(op, name);
   return i >= 0 && a[i].data;
+}
+
+static Rows rows_of(const Op *op, const Arg *a) {
+  Rows rows = {0};
+  const char *members[] = {"slot", "keep", "prev", "pos", "committed", "seen"};
+  const int32_t **member[] = {&rows.slot, &rows.keep, &rows.prev, &rows.pos, &rows.committed, &rows.seen};
+  for (int k = 0; k < 6; k++) {
+    int i = find_param(op, members[k]);
+    if (i >= 0) *member[k] = a[i].data;
+  }
+  return rows;
 }
 
 static int check_values(const Op *op, const Arg *a, const size_t *n, const char *bound) {
@@ -311,7 +340,8 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
   }
   int prev = find_param(op, "prev"), slot = find_param(op, "slot");
   if (prev < 0) return 0;
-  return check_rows(op->name, slot >= 0 ? a[slot].data : NULL, a[prev].data, past && T <= PENDING, B, T, S);
+  if (check_rows(op->name, slot >= 0 ? a[slot].data : NULL, a[prev].data, past, B, T, S)) return -1;
+  return has(op, a, "ring_x") ? check_cursors(op, rows_of(op, a), B, T) : 0;
 }
 
 /* ---- the generic caller ------------------------------------------------------------------------------------------------ */
@@ -354,13 +384,7 @@ static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t posit
   if (check_rules(op, n, bound) || check_values(op, a, n, bound)) return NULL;
   for (int i = op->inputs; i < op->params; i++)
     if (!(out[i] = new_output(op, op->param + i, a + i, n))) goto done;
-  Rows rows = {0};
-  const char *members[] = {"slot", "keep", "prev", "pos", "committed", "seen"};
-  const int32_t **member[] = {&rows.slot, &rows.keep, &rows.prev, &rows.pos, &rows.committed, &rows.seen};
-  for (int k = 0; k < 6; k++) {
-    int i = find_param(op, members[k]);
-    if (i >= 0) *member[k] = a[i].data;
-  }
+  Rows rows = rows_of(op, a);
   Py_BEGIN_ALLOW_THREADS
   op->thunk(a, n, rows);
   Py_END_ALLOW_THREADS

@@ -13,7 +13,8 @@
 #include "device.h"
 #include "ops.h"
 
-/* slot distinct (NULL: S >= B), prev a chain of documents, or any tree. -1: a sentence is set, beginning with `what`. */
-int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int tree, size_t B, size_t T, size_t S);
+/* slot distinct (NULL: S >= B); prev a chain of documents, or with a `past` (caches, a ring) a chain, or for few tokens a tree.
+ * -1: a sentence is set, beginning with `what`. */
+int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int past, size_t B, size_t T, size_t S);
 int add_types(PyObject *module); /* pymodel.c: Model and State */
 #endif

@@ -26,7 +26,8 @@ typedef struct {
 /* How the rows of a batch relate to the past. Every member may be NULL.
  *   slot (B)     the State row that batch row b continues; NULL: b
  *   keep (B)     how many of this call's tokens are committed; NULL: all T
- *   prev (B,T)   the token before t: t-1 (NULL: always), -1 the incoming state, -2 nothing (a document starts)
+ *   prev (B,T)   the token before t: t-1 (NULL: always), -1 the incoming state, -2 nothing (a document starts; not with caches
+ *                or a ring: what comes after the call could not know of it)
  *   pos (S)      where this call's first token stands in slot s (tokens before it, the pending ones that it extends included)
  *   committed (S), seen (S)   committed tokens now, and when the checkpoint was last written
  * Caches are addressed by absolute position modulo their length: the entry of token t of row b is (pos[slot]+t) % length.
@@ -94,7 +95,7 @@ void rope_backward(real *dx, const real *dy, const int32_t *position, const floa
  * window > 0: at most the last `window` tokens of that path. Softmax in float, keys in path order in blocks that stand at
  * absolute depths, so that T <= PENDING with a State is row-invariant. Never materialises T x T.
  * o, q (B,T,H,P)  k, v (B,T,G,P)  lse (B,H,T) = log sum exp, or NULL  kcache, vcache (S,K,G,P) or NULL
- * With a cache this call's k and v are written to it after they have been read (the last K tokens of pos .. pos+T). */
+ * With a cache this call's k and v are written to it after they have been read (the last K of pos .. pos+min(T, keep+PENDING)). */
 void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
                        float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K);
 /* Without a cache; prev[t] in {t-1, -2}. p = exp(scale * q.k - lse); dq, dk, dv =. */
@@ -108,7 +109,7 @@ void attention_backward(real *dq, real *dk, real *dv, const real *dout, const re
  *   y[t,c] = f(bias[c] + sum_{i<W} w[c,i] x[t-(W-1-i), map(c)])     t-j: j steps back along prev, 0 before a document's start
  *   map(c) = (c/N / rep)*N + c%N, rep = D/X: Mamba-1's repeat of blocks of N channels. X = D: map(c) = c, any N.
  * y (B,T,D)  x (B,T,X)  w (D,W)  bias (D) or NULL  cache (S,K,X) of raw inputs or NULL, K >= W-1+PENDING; with it, tokens
- * before pos come from the cache and this call's x is written to it after it has been read (the last K tokens).
+ * before pos come from the cache and this call's x is written to it after it has been read (the last K of min(T, keep+PENDING)).
  * One fixed order over i, so row-invariant. */
 void conv1d_forward(real *y, real *cache, const real *x, const float *w, const float *bias, Rows rows, int silu, size_t B,
                     size_t T, size_t X, size_t D, size_t N, size_t W, size_t K);

@@ -438,7 +438,7 @@ static PyObject *model_logits_(PyObject *self, PyObject *args, PyObject *kwargs)
   if (keep != Py_None && !(rows.keep = ints(keep, "keep", B, 0, (long)T))) return NULL;
   if (slot != Py_None && !(rows.slot = ints(slot, "slot", B, 0, (long)S - 1))) return NULL;
   if (prev != Py_None && !(rows.prev = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
-  if (check_rows("logits", rows.slot, rows.prev, state && T <= PENDING, B, T, S)) return NULL;
+  if (check_rows("logits", rows.slot, rows.prev, state != NULL, B, T, S)) return NULL;
   if (state && check_state(o, state, &rows, extend, B, T)) return NULL;
   for (size_t b = 0; b < B && last > 0; b++)
     if ((size_t)last > (rows.keep ? (size_t)rows.keep[b] : T))

@@ -134,7 +134,7 @@ class Model:
 
         state: what came before, a State; slot (B): its rows (default 0 … B-1).  keep (B) or int: how many of the tokens are
         committed (default all); the rest stay pending for State.commit.  extend: the tokens follow the pending ones, which
-        otherwise are dropped.  prev (B,T): the token before t: t-1, -1 the incoming state, -2 nothing.
+        otherwise are dropped.  prev (B,T): the token before t: t-1, -1 the incoming state, -2 nothing (no state then).
         ValueError, state untouched: ids out of range, capacity exceeded, a slot twice, another model's state, a bad prev.
         """
         ids = _int32(ids, "ids")

@@ -16,8 +16,8 @@ def documents(r, B, T):
 
 
 def tree(r, B, T):
-    """Any parents: earlier tokens, the incoming state (-1), nothing (-2)."""
-    return np.array([[r.integers(-2, t) if t else -1 for t in range(T)] for _ in range(B)])
+    """Any parents: earlier tokens, the incoming state (-1)."""
+    return np.array([[r.integers(-1, t) if t else -1 for t in range(T)] for _ in range(B)])
 
 
 PARENTS = {"chain": lambda r, B, T: None, "documents": documents, "tree": tree}
@@ -164,7 +164,6 @@ CASES = [
     ("attention", "window over the past, cache wrapped", dict(B=3, T=7, H=4, G=2, P=8, window=9, pos=[100, 4, 41, 0], K=41)),
     ("attention", "prefill after a past", dict(B=2, T=64, H=4, G=2, P=16, pos=[13, 40], K=104)),
     ("attention", "prefill longer than a windowed cache", dict(B=2, T=129, H=2, G=1, P=8, window=5, pos=[50, 3], K=40)),
-    ("attention", "documents after a past", dict(B=2, T=40, H=2, G=2, P=8, pos=[13, 4], K=60, parents="documents")),
     ("conv1d", "one token, width one", dict(B=1, T=1, X=3, W=1)),
     ("conv1d", "shorter than the width", dict(B=2, T=2, X=5, W=4)),
     ("conv1d", "odd channels, no bias", dict(B=2, T=7, X=37, W=4, bias=False)),
@@ -488,19 +487,14 @@ def test_prefill_goes_on_from_pending_tokens(backend, op, reason, sizes):
     backend.close(np.concatenate(y, 1), whole(backend, stream, op, reason)[slot, :123], "y")
 
 
-@pytest.mark.parametrize("op, reason, sizes", named([c for c in STREAMS if c[0] in ("selective_scan", "ssd")]))
-@pytest.mark.parametrize("T", [20, 32, 40, 64])
-def test_a_state_after_packed_documents_is_the_last_ones(backend, op, reason, sizes, T):
-    """Documents start in a call behind a prompt of 21: what goes on from it knows nothing before the last one."""
+@streams
+@pytest.mark.parametrize("T", [20, 40])
+def test_documents_cannot_start_inside_a_state(backend, op, reason, sizes, T):
     stream, slot = Stream(backend, op, sizes), [2, 0, 1]
-    prev = np.tile(np.arange(LENGTH) - 1, (SLOTS, 1))
-    for b in range(SLOTS):
-        prev[b, [21 + 3, 21 + T // 2 + b, 21 + T - 2 - 2 * b]] = -2
-    y = [steps(stream, slot, 21, [21])]
-    chunk = np.where(prev[:, 21 : 21 + T] == -2, -2, np.arange(T) - 1)
-    y += [stream.call(stream.take(slot, [21] * 3, T), slot, prev=chunk), steps(stream, slot, 40)]
-    args = stream.args | {k: v[slot] for k, v in stream.tokens.items()} | {"prev": prev}
-    backend.close(np.concatenate(y, 1), getattr(twin, op)(**args)[0][:, : 61 + T], "y")
+    prev = np.tile(np.arange(T) - 1, (SLOTS, 1))
+    prev[1, 7] = -2
+    with pytest.raises(ValueError, match="prev"):
+        stream.call(stream.take(slot, [0] * 3, T), slot, prev=prev)
 
 
 @streams
@@ -591,11 +585,10 @@ def test_trees_equal_chains(backend, op, reason, sizes):
     y = stream.call(tokens, slot, keep=0, prev=prev)
     for b in range(2):
         for t in range(T):
-            path, incoming = twin.path(prev[b], t)
+            path = twin.path(prev[b], t)[0]
             chain = {k: np.ascontiguousarray(v[b : b + 1, path]) for k, v in tokens.items()}
-            parents = [[-1 if incoming else -2, *range(len(path) - 1)]]
             other = begin.copy()
-            alone = other.call(chain, slot[b : b + 1], keep=0, prev=parents)
+            alone = other.call(chain, slot[b : b + 1], keep=0)
             assert same(y[b, t], alone[0, -1]), f"row {b}, token {t} of path {path}"
     b, t = 0, next(t for t in range(T)[::-1] if twin.path(prev[0], t)[1] and len(twin.path(prev[0], t)[0]) > 2)
     path = twin.path(prev[b], t)[0]
