@@ -79,7 +79,7 @@ static void load_heads_d(float *d, const Ssd *s, size_t b, size_t h0, size_t t) 
 /* Lane i*J + j: a[i] . b[j] over N, j < m <= J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
 static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b, size_t m,
                                                            size_t N) {
-  const int J = LANES / I, W = J < 4 ? J : 4; /* W rows of b at a time: memory is read nearly in order */
+  const int J = LANES / I, W = J;
   size_t body = N / LANES * LANES;
   vec acc[LANES];
   for (int j = 0; j < J; j += W) {
@@ -290,6 +290,8 @@ typedef struct {
   size_t b, h, g;
   float *checkpoint, *local, *wx, *B, *inter;
   int checkpoint_at; /* the token after which the checkpoint stands; -1: as found */
+  int folded;        /* the run whose decays fold_w and fold_e hold: its last token */
+  float fold_e[CHUNK], fold_w[SSD_RING][CHUNK];
   float A[CHUNK], d[PAST][CHUNK], e[PENDING][CHUNK], w[PENDING][SSD_RING][CHUNK];
 } Replay;
 
@@ -313,6 +315,7 @@ static void load_heads(Replay *r, size_t h0) {
   size_t H = min_(CHUNK, s->H - h0);
   for (size_t i = 0; i < CHUNK; i++) r->A[i] = i < H ? s->A_log[h0 + i] : 0;
   exp_chunk(r->A);
+  r->folded = -1;
   for (int j = 0; j < p->ring; j++)
     for (size_t i = 0; i < CHUNK; i++) r->d[j][i] = i < H ? fabsf(p->ring_dt[j][h0 + i]) : 0;
   for (size_t t = 0; t < s->T; t++) load_heads_d(r->d[(size_t)p->ring + t], s, r->b, h0, t);
@@ -320,20 +323,20 @@ static void load_heads(Replay *r, size_t h0) {
 }
 
 /* S (P,N) = e S + sum_j w_j x_j B_j^T, the one way in which a run enters a state; live 0: S counts as zero. */
-static void fold(const Replay *r, float *S, const int *list, int n, int live) {
-  size_t P = r->s->P, N = r->s->N;
-  float w[SSD_RING][CHUNK], e[CHUNK];
-  run_decay(r, w, e, list, n);
+static void fold(Replay *r, float *S, const int *list, int n, int live) {
+  size_t P = r->s->P, N = r->s->N, lane = r->h % CHUNK;
+  if (r->folded != list[n - 1]) run_decay(r, r->fold_w, r->fold_e, list, n);
+  r->folded = list[n - 1];
   for (int j = 0; j < n; j++) {
     const real *x = r->past->x[list[j]] + r->g * P;
-    for (size_t p = 0; p < P; p++) r->wx[(size_t)j * P + p] = w[j][r->h % CHUNK] * x[p];
+    for (size_t p = 0; p < P; p++) r->wx[(size_t)j * P + p] = r->fold_w[j][lane] * x[p];
     memcpy(r->B + (size_t)j * N, r->past->B[list[j]] + r->g * N, N * sizeof(float));
   }
-  gemm_scaled(S, N, live ? e + r->h % CHUNK : NULL, 0, r->wx, 1, P, r->B, N, P, N, (size_t)n);
+  gemm_scaled(S, N, live ? r->fold_e + lane : NULL, 0, r->wx, 1, P, r->B, N, P, N, (size_t)n);
 }
 
 /* Moves a state on to stand after token `target`: run by run along its path, from where it stands or from the checkpoint. */
-static void advance(const Replay *r, float *S, int *at, int target) {
+static void advance(Replay *r, float *S, int *at, int target) {
   int list[SSD_RING], base;
   if (*at == target) return;
   if (target == r->checkpoint_at) {
