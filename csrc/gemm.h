@@ -81,6 +81,10 @@ static inline __attribute__((always_inline)) void gemm_tile(const int R, const i
 #pragma GCC unroll 32
   for (int q = 0; q < R * U; q++)
     acc[q] = scale ? scale[q / U * si] * vec_load(c + q / U * ldc + q % U * LANES) : (vec){0};
+  if (scale) { /* the next tile's c */
+#pragma GCC unroll 32
+    for (int q = 0; q < R * U; q++) __builtin_prefetch(c + (R + q / U) * ldc + q % U * LANES);
+  }
   for (size_t k = 0; k < K; k++) {
 #pragma GCC unroll 32
     for (int q = 0; q < R * U; q++) acc[q] += a[q / U * ra + k * ka] * vec_load(b + k * ldb + q % U * LANES);

@@ -66,23 +66,48 @@ static void product(char ta, char tb, size_t m, size_t n, size_t k, const float 
   }
 }
 
-/* ---- few tokens: one accumulator a (row, output), over k in order; tiles only share loads ---------------------------- */
+/* ---- few tokens: one accumulator a (row, output), over k in order; tiles only share loads -----------------------------
+ *
+ * K goes by PAIR = 2 LANES: the halves of a block in order for float weights, even and odd places for bf16, where a word's shift and
+ * mask are the two. x is packed in that order, a tile of rows after the other: rows of a power of two would share cache sets. */
 
-#define BF16_VEC typedef uint16_t half_vec __attribute__((vector_size(LANES * 2), aligned(2), may_alias))
-static inline vec weight_load(const void *w, int type, size_t i) {
-  BF16_VEC;
-  typedef uint32_t word_vec __attribute__((vector_size(LANES * 4)));
-  if (type == FLOAT32) return vec_load((const float *)w + i);
-  return (vec)(__builtin_convertvector(*(const half_vec *)((const uint16_t *)w + i), word_vec) << 16);
+enum { PAIR = 2 * LANES, ROWS = 4, OUTPUTS = TILE_VECS };
+
+static inline void load_pair(vec pair[2], const void *w, int type, size_t k) {
+  typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+  typedef uint32_t words_u __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
+  if (type == FLOAT32) {
+    pair[0] = vec_load((const float *)w + k);
+    pair[1] = vec_load((const float *)w + k + LANES);
+  } else {
+    words both = *(const words_u *)((const uint16_t *)w + k);
+    pair[0] = (vec)(both << 16);
+    pair[1] = (vec)(both & 0xffff0000u);
+  }
 }
 static inline float weight_at(const void *w, int type, size_t i) {
   return type == FLOAT32 ? ((const float *)w)[i] : bf16_to_float(((const uint16_t *)w)[i]);
 }
 
+static size_t whole_pairs(size_t K) { return K / PAIR * PAIR; }
+
+/* Rows m .. m+R of x to where their tile stands: (K/PAIR, R, PAIR) */
+static void pack_rows(float *dst, const real *x, int type, size_t R, size_t K) {
+  for (size_t k = 0; k + PAIR <= K; k += PAIR)
+    for (size_t r = 0; r < R; r++, dst += PAIR) {
+      const real *from = x + r * K + k;
+      if (type == FLOAT32)
+        memcpy(dst, from, PAIR * sizeof *dst);
+      else
+        for (size_t i = 0; i < LANES; i++) dst[i] = from[2 * i], dst[LANES + i] = from[2 * i + 1];
+    }
+}
+
 static inline __attribute__((always_inline)) void few_tile(const int R, const int U, const int type, const Linear *l, size_t m,
                                                            size_t o) {
   vec acc[R][U];
-  const size_t K = l->K;
+  const size_t K = l->K, whole = whole_pairs(K);
+  const float *x = l->scratch + m * whole;
   const void *w[U];
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) w[u] = row_of((Matrix){l->w.data, type}, o + u, K);
@@ -90,22 +115,21 @@ static inline __attribute__((always_inline)) void few_tile(const int R, const in
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++) acc[r][u] = (vec){0};
-  size_t k = 0;
-  for (; k + LANES <= K; k += LANES) {
-    vec x[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) x[r] = vec_load(l->x + (m + r) * K + k);
+  for (size_t k = 0; k < whole; k += PAIR, x += R * PAIR)
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++) {
-      vec v = weight_load(w[u], type, k);
+      vec pair[2];
+      load_pair(pair, w[u], type, k);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r][u] += x[r] * v;
+      for (int r = 0; r < R; r++) {
+        acc[r][u] += vec_load(x + r * PAIR) * pair[0];
+        acc[r][u] += vec_load(x + r * PAIR + LANES) * pair[1];
+      }
     }
-  }
   for (int r = 0; r < R; r++)
     for (int u = 0; u < U; u++) {
       float s = vec_sum(acc[r][u]);
-      for (size_t i = k; i < K; i++) s += l->x[(m + r) * K + i] * weight_at(w[u], type, i);
+      for (size_t i = whole; i < K; i++) s += l->x[(m + r) * K + i] * weight_at(w[u], type, i);
       if (l->bias) s += l->bias[o + u];
       float *y = l->y + (m + r) * l->O + o + u;
       *y = l->add ? *y + s : s;
@@ -114,12 +138,16 @@ static inline __attribute__((always_inline)) void few_tile(const int R, const in
 
 static inline __attribute__((always_inline)) void few_strip(const int U, const int type, const Linear *l, size_t o) {
   size_t m = 0;
-  for (; m + 4 <= l->M; m += 4) few_tile(4, U, type, l, m, o);
-  for (; m < l->M; m++) few_tile(1, U, type, l, m, o);
+  for (; m + ROWS <= l->M; m += ROWS) few_tile(ROWS, U, type, l, m, o);
+  switch (l->M - m) {
+    case 1: few_tile(1, U, type, l, m, o); break;
+    case 2: few_tile(2, U, type, l, m, o); break;
+    case 3: few_tile(3, U, type, l, m, o); break;
+  }
 }
 
 static inline __attribute__((always_inline)) void few_range(const int type, const Linear *l, size_t o, size_t end) {
-  for (; o + 4 <= end; o += 4) few_strip(4, type, l, o);
+  for (; o + OUTPUTS <= end; o += OUTPUTS) few_strip(OUTPUTS, type, l, o);
   for (; o < end; o++) few_strip(1, type, l, o);
 }
 
@@ -172,6 +200,10 @@ void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add
   Linear l = {.y = y, .x = x, .w = w, .bias = bias, .add = add, .M = B * T, .K = K, .O = O};
   if (!l.M || !O) return;
   if (T <= FEW) {
+    const size_t whole = whole_pairs(K);
+    l.scratch = device_scratch(l.M * whole * sizeof(float) + 64);
+    if (!l.scratch) return;
+    for (size_t m = 0; m < l.M; m += ROWS) pack_rows(l.scratch + m * whole, x + m * K, w.type, min(ROWS, l.M - m), K);
     parallel(few_rows, &l, O, 2.0 * l.M * K);
     return;
   }

@@ -70,31 +70,26 @@ static void load_d(float *d, const Ssd *s, size_t b, size_t h, size_t t0, size_t
 }
 
 /* The same for heads h0 .. h0+CHUNK of token t. */
-static void load_heads_d(float *d, const Ssd *s, size_t b, size_t h0, size_t t) {
+static void load_d_heads(float *d, const Ssd *s, size_t b, size_t h0, size_t t) {
   const real *dt = s->dt + (b * s->T + t) * s->H;
   for (size_t h = h0; h < h0 + CHUNK; h++) d[h - h0] = h < s->H ? dt[h] + (s->dt_bias ? s->dt_bias[h] : 0) : 0;
   softplus_chunk(d);
 }
 
-/* Lane i*J + j: a[i] . b[j] over N, j < m <= J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
-static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b, size_t m,
+/* Lane i*J + j: a[i] . b[j] over N, J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
+static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b,
                                                            size_t N) {
-  const int J = LANES / I, W = J;
-  size_t body = N / LANES * LANES;
+  const int J = LANES / I;
   vec acc[LANES];
-  for (int j = 0; j < J; j += W) {
-    vec part[16];
+  size_t n = 0;
 #pragma GCC unroll 16
-    for (int q = 0; q < I * W; q++) part[q] = (vec){0};
-    for (size_t n = 0; (size_t)j < m && n < body; n += LANES) {
+  for (int q = 0; q < LANES; q++) acc[q] = (vec){0};
+  for (; n + LANES <= N; n += LANES) {
 #pragma GCC unroll 16
-      for (int q = 0; q < I * W; q++) part[q] += vec_load(a[q / W] + n) * vec_load(b[j + q % W] + n);
-    }
-#pragma GCC unroll 16
-    for (int q = 0; q < I * W; q++) acc[q / W * J + j + q % W] = part[q];
+    for (int q = 0; q < LANES; q++) acc[q] += vec_load(a[q / J] + n) * vec_load(b[q % J] + n);
   }
   vec sum = sum_lanes(acc);
-  for (size_t n = body; n < N; n++) {
+  for (; n < N; n++) {
     float product[LANES];
     for (int q = 0; q < LANES; q++) product[q] = a[q / J][n] * b[q % J][n];
     sum += vec_load(product);
@@ -105,7 +100,7 @@ static inline __attribute__((always_inline)) vec dot_block(const int I, const fl
 /* out[r] = row[r] . c over N, r < m; out and row have room up to a multiple of LANES. */
 static __attribute__((noinline)) void dots(float *out, const float **row, size_t m, const float *c, size_t N) {
   for (size_t r = m; r % LANES; r++) row[r] = row[0];
-  for (size_t r = 0; r < m; r += LANES) vec_store(out + r, dot_block(1, &c, row + r, m - r, N));
+  for (size_t r = 0; r < m; r += LANES) vec_store(out + r, dot_block(1, &c, row + r, N));
 }
 
 /* ---- chunks ------------------------------------------------------------------------------------------------------- */
@@ -160,7 +155,7 @@ static __attribute__((noinline)) void causal_dots(float *out, const float *a, si
       float q[LANES];
       for (size_t i = 0; i < I; i++) at[i] = a + min_(t + i, n - 1) * lda;
       for (size_t j = 0; j < J; j++) bs[j] = b + min_(s + j, n - 1) * ldb;
-      vec_store(q, dot_block(I, at, bs, J, K));
+      vec_store(q, dot_block(I, at, bs, K));
       for (size_t i = 0; i < I; i++) memcpy(out + (t + i) * CHUNK + s, q + i * J, J * sizeof *q);
     }
 }
@@ -169,7 +164,7 @@ static void prefetch(const float *p, size_t n) {
   for (size_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 2); /* to L2: S has use for L1 */
 }
 
-/* y of one chunk; S (N,P) NULL: zero. The rows of the next `ahead` tokens lie far apart and are fetched bit by bit meanwhile. */
+/* y of one chunk; S (N,P) NULL: zero. The rows of the `ahead` tokens after it lie far apart: fetched bit by bit meanwhile. */
 static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, const real *Bm, const real *C, const float *S,
                          float D, size_t n, size_t ahead) {
   size_t ldx = s->G * s->P, ldB = s->G * s->N, ldC = s->H * s->N, ldy = s->H * s->P;
@@ -237,7 +232,7 @@ static void sequence_range(void *arg, size_t begin, size_t end, size_t worker) {
 /* ---- replay ------------------------------------------------------------------------------------------------------- */
 
 /* The tokens that matter to one row: the ring's from `begin` on, then this call's. parent: an index here, -1 the state, -2
- * nothing. A token's run is what precedes it, itself included, back to a position that is a multiple of R; base: before that. */
+ * nothing. list, length: a token's run, what precedes it, itself included, back to a multiple of R; base: what is before. */
 typedef struct {
   Span span;
   int ring;
@@ -318,7 +313,7 @@ static void load_heads(Replay *r, size_t h0) {
   r->folded = -1;
   for (int j = 0; j < p->ring; j++)
     for (size_t i = 0; i < CHUNK; i++) r->d[j][i] = i < H ? fabsf(p->ring_dt[j][h0 + i]) : 0;
-  for (size_t t = 0; t < s->T; t++) load_heads_d(r->d[(size_t)p->ring + t], s, r->b, h0, t);
+  for (size_t t = 0; t < s->T; t++) load_d_heads(r->d[(size_t)p->ring + t], s, r->b, h0, t);
   for (size_t t = 0; t < s->T; t++) run_decay(r, r->w[t], r->e[t], p->list[t], p->length[t]);
 }
 
@@ -443,7 +438,7 @@ static void remember_range(void *arg, size_t begin, size_t end, size_t worker) {
     memcpy(s->ring.x + to * s->G * s->P, s->x + i * s->G * s->P, s->G * s->P * sizeof(real));
     memcpy(s->ring.B + to * s->G * s->N, s->Bm + i * s->G * s->N, s->G * s->N * sizeof(real));
     for (size_t h = 0; h < s->H; h += CHUNK) {
-      load_heads_d(d, s, b, h, t);
+      load_d_heads(d, s, b, h, t);
       for (size_t j = 0; j < min_(CHUNK, s->H - h); j++) s->ring.dt[to * s->H + h + j] = starts(s, b, t) ? -d[j] : d[j];
     }
   }
