@@ -416,7 +416,7 @@ static void positions(int32_t *position, const int32_t *prev, int32_t start, siz
 
 static Call begin_call(Model *m, Arena *a, State *s, const Rows *rows, int extend, size_t B, size_t T) {
   Call k = {.m = m, .s = s, .B = B, .T = T, .M = B * T};
-  int32_t *host = malloc((B * T + (s ? s->slots : 0) + 1) * sizeof *host), *pos = host + B * T;
+  int32_t *host = calloc(B * T + (s ? s->slots : 0) + 1, sizeof *host), *pos = host + B * T;
   if (!host) longjmp(*a->out_of_memory, 1);
   for (size_t i = 0; s && i < s->slots; i++) pos[i] = s->pos[i] + (extend ? s->pending[i] : 0);
   for (size_t b = 0; b < B; b++)

@@ -602,13 +602,15 @@ static PyObject *state_copy_(PyObject *self, PyObject *args) {
   return finish(0);
 }
 
+static Cache *cache_at(State *s, size_t i) { return &s->layer[i / MOST_CACHES][i % MOST_CACHES]; }
+
 /* dump() -> [bytes as uint8 arrays, a cache each], restore(list) */
 static PyObject *state_dump(PyObject *self, PyObject *none) {
   (void)none;
   State *s = &((StateObject *)self)->s;
   PyObject *list = PyList_New(0);
   for (size_t i = 0; list && i < s->layers * MOST_CACHES; i++) {
-    Cache *c = s->layer[0] + i;
+    Cache *c = cache_at(s, i);
     if (!c->data) continue;
     npy_intp n = (npy_intp)(s->slots * c->rows * c->row_bytes);
     PyObject *array = PyArray_SimpleNew(1, &n, NPY_UINT8);
@@ -630,13 +632,13 @@ static PyObject *state_dump(PyObject *self, PyObject *none) {
 static PyObject *state_restore(PyObject *self, PyObject *list) {
   State *s = &((StateObject *)self)->s;
   size_t have = 0, i;
-  for (i = 0; i < s->layers * MOST_CACHES; i++) have += s->layer[0][i].data != NULL;
+  for (i = 0; i < s->layers * MOST_CACHES; i++) have += cache_at(s, i)->data != NULL;
   int good = PyList_Check(list) && (size_t)PyList_GET_SIZE(list) == have + 3;
   const int32_t *counter[3] = {0};
   for (int copying = 0; good && copying < 2; copying++) { /* everything is checked before anything moves */
     size_t k = 0;
     for (i = 0; i < s->layers * MOST_CACHES && good; i++) {
-      Cache *c = s->layer[0] + i;
+      Cache *c = cache_at(s, i);
       if (!c->data) continue;
       PyArrayObject *a = (PyArrayObject *)PyList_GET_ITEM(list, (Py_ssize_t)k++);
       size_t bytes = s->slots * c->rows * c->row_bytes;
