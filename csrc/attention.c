@@ -1,18 +1,18 @@
-/* attention.c - RoPE and causal GQA attention: one tile body with online softmax serves training, prefill, decode and trees.
+/* attention.c - RoPE and causal GQA attention: one body with online softmax for training, prefill, decode and trees.
  *
- * A token sees a contiguous range of depths: below `base` they are cached positions, from there on this call's tokens. Key blocks
- * stand at multiples of KEYS of the depth, hidden entries weigh exactly 0, and every sum runs over a whole block in one order; so a
- * row's bits depend on nothing but its own range, however many rows share the tile. */
+ * A token sees a contiguous range of depths of its path: below `base` they are cached positions, from there on this call's
+ * tokens. Key blocks stand at multiples of KEYS of the depth, hidden keys weigh exactly 0, and every sum runs in the order of
+ * depth; so a row's bits depend on its own range alone, however many rows share the tile. */
 #include "device.h"
 #include "gemm.h"
 #include "ops.h"
 
-enum { QUERIES = 32, KEYS = 64 };
+enum { ROWS = 128, QUERIES = 32, KEYS = 64 }; /* rows of a forward tile, tokens of a backward one, keys of a block */
 
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
 
-/* ---- RoPE --------------------------------------------------------------------------------------------------------------- */
+/* ---- RoPE ----------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
   real *y;
@@ -20,11 +20,11 @@ typedef struct {
   const int32_t *position;
   const float *inv_freq;
   float scale, sign;
-  float *scratch;
   size_t H, P;
+  float *scratch;
 } Rope;
 
-static void rope_rows(void *arg, size_t m, size_t end, size_t worker) {
+static void rope_range(void *arg, size_t m, size_t end, size_t worker) {
   const Rope *r = arg;
   const size_t half = r->P / 2;
   float *cosine = r->scratch + worker * r->P, *sine = cosine + half;
@@ -37,6 +37,7 @@ static void rope_rows(void *arg, size_t m, size_t end, size_t worker) {
     for (size_t h = 0; h < r->H; h++) {
       const real *x = r->x + (m * r->H + h) * r->P;
       real *y = r->y + (m * r->H + h) * r->P;
+#pragma omp simd
       for (size_t i = 0; i < half; i++) {
         float u = x[i], v = x[i + half];
         y[i] = u * cosine[i] - v * sine[i];
@@ -47,156 +48,213 @@ static void rope_rows(void *arg, size_t m, size_t end, size_t worker) {
 }
 
 static void rope(Rope r, size_t M) {
+  if (!M || !r.H || !r.P) return;
   r.scratch = device_scratch(workers() * r.P * sizeof(float));
-  if (r.scratch) parallel(rope_rows, &r, M, 20.0 * r.P + 4.0 * r.H * r.P);
+  if (r.scratch) parallel(rope_range, &r, M, 20.0 * r.P + 3.0 * r.H * r.P);
 }
 
 void rope_forward(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
                   size_t P) {
-  rope((Rope){y, x, position, inv_freq, scale, 1, NULL, H, P}, M);
+  rope((Rope){.y = y, .x = x, .position = position, .inv_freq = inv_freq, .scale = scale, .sign = 1, .H = H, .P = P}, M);
 }
 
+/* y = scale R(a) x: dx = scale R(-a) dy */
 void rope_backward(real *dx, const real *dy, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
                    size_t P) {
-  rope((Rope){dx, dy, position, inv_freq, scale, -1, NULL, H, P}, M);
+  rope((Rope){.y = dx, .x = dy, .position = position, .inv_freq = inv_freq, .scale = scale, .sign = -1, .H = H, .P = P}, M);
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------------------------ */
+/* ---- what a token sees ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+  size_t from, to; /* depths */
+} Seen;
 
 typedef struct {
   real *o, *dq, *dk, *dv;
-  float *lse;
+  float *lse, *delta; /* (B,H,T) */
   const real *kcache, *vcache, *q, *k, *v, *dout;
   Rows rows;
   float scale;
-  size_t window, T, H, G, P, K, rep, units; /* units: tiles of queries a (b, kv group) */
-  int trees;                                /* a unit a token */
-  size_t *low;                              /* (B,T): the first depth that each token of a chain sees */
+  size_t window, T, H, G, P, K;
+  size_t rep, wide;             /* H/G; P in whole vectors */
+  size_t tokens, groups, tiles; /* of a tile, at most; of a tile, at most; tiles of a row's tokens */
+  int tree;                     /* some token follows another than the one before it */
+  Seen *seen;                   /* (B,T) */
   float *scratch;
   size_t share; /* floats of scratch a worker has */
 } Attention;
 
-/* Tokens t .. end of row b share one tile: depth e < base is cached position e, else token path[e-base], or e-base itself. */
+static size_t slot_of(const Attention *a, size_t b) { return a->rows.slot ? (size_t)a->rows.slot[b] : b; }
+static size_t base_of(const Attention *a, size_t b) {
+  return a->kcache && a->rows.pos ? (size_t)a->rows.pos[slot_of(a, b)] : 0;
+}
+
+/* Depth counts the tokens before on the path. A document starting inside a call (there is no cache then) does not reset it. */
+static void find_seen(const Attention *a, size_t B) {
+  for (size_t b = 0; b < B; b++) {
+    const int32_t *prev = a->rows.prev ? a->rows.prev + b * a->T : NULL;
+    const size_t base = base_of(a, b);
+    Seen *seen = a->seen + b * a->T;
+    for (size_t t = 0, start = 0; t < a->T; t++) {
+      const int32_t p = prev ? prev[t] : (int32_t)t - 1;
+      if (p == -2) start = t;
+      seen[t].to = a->tree ? (p < 0 ? base : seen[p].to) + 1 : base + t + 1;
+      seen[t].from = a->window && seen[t].to > a->window ? max(start, seen[t].to - a->window) : start;
+    }
+  }
+}
+
+/* This call's tokens on t's path, oldest first. */
+static void find_path(size_t *path, const Attention *a, size_t b, size_t t) {
+  for (size_t i = a->seen[b * a->T + t].to - base_of(a, b); i-- > 0; t = (size_t)a->rows.prev[b * a->T + t]) path[i] = t;
+}
+
+/* Keys of depths e .. e+n of row b and group g, in memory order where neighbours; path NULL: depth base+t is token t. */
 typedef struct {
-  size_t b, g, t, end, base;
+  size_t b, g, base;
   const size_t *path;
-  size_t path_length;
-} Unit;
+} Keys;
 
-static const real *key_row(const Attention *a, const Unit *u, const real *cache, const real *x, size_t e) {
-  if (e < u->base) {
-    size_t slot = a->rows.slot ? (size_t)a->rows.slot[u->b] : u->b;
-    return cache + ((slot * a->K + e % a->K) * a->G + u->g) * a->P;
+/* The entry of depth e, and in *n how many from there on lie G*P apart. */
+static const real *run_of(const Attention *a, const Keys *keys, const real *cache, const real *x, size_t e, size_t *n) {
+  if (e < keys->base) {
+    const size_t at = e % a->K;
+    *n = min(*n, min(keys->base - e, a->K - at));
+    return cache + ((slot_of(a, keys->b) * a->K + at) * a->G + keys->g) * a->P;
   }
-  size_t t = u->path ? u->path[e - u->base] : e - u->base;
-  return x + ((u->b * a->T + t) * a->G + u->g) * a->P;
+  const size_t *path = keys->path ? keys->path + (e - keys->base) : NULL, t = path ? *path : e - keys->base;
+  for (size_t i = 1; path && i < *n; i++)
+    if (path[i] != t + i) *n = i;
+  return x + ((keys->b * a->T + t) * a->G + keys->g) * a->P;
 }
 
-/* dst (P,KEYS) = the rows' transpose, or (KEYS,P) the rows; from n on zero */
-static void pack(float *dst, int transpose, const Attention *a, const Unit *u, const real *cache, const real *x, size_t e, size_t n) {
-  const size_t P = a->P;
-  const real *row[KEYS];
-  for (size_t j = 0; j < n; j++) row[j] = key_row(a, u, cache, x, e + j);
-  if (!transpose) {
-    for (size_t j = 0; j < n; j++) memcpy(dst + j * P, row[j], P * sizeof *dst);
-    memset(dst + n * P, 0, (KEYS - n) * P * sizeof *dst);
-    return;
-  }
-  for (size_t p = 0; p < P; p++) {
-    for (size_t j = 0; j < n; j++) dst[p * KEYS + j] = row[j][p];
-    for (size_t j = n; j < KEYS; j++) dst[p * KEYS + j] = 0;
+/* dst (n,wide) = the entries of depths e .. e+n, zero from P on; as columns: dst (P,KEYS), zero from n on */
+static void load_rows(float *dst, const Attention *a, const Keys *keys, const real *cache, const real *x, size_t e, size_t n) {
+  for (size_t j = 0, m; j < n; j += m) {
+    m = n - j;
+    const real *from = run_of(a, keys, cache, x, e + j, &m);
+    for (size_t i = 0; i < m; i++) {
+      memcpy(dst + (j + i) * a->wide, from + i * a->G * a->P, a->P * sizeof *dst);
+      memset(dst + (j + i) * a->wide + a->P, 0, (a->wide - a->P) * sizeof *dst);
+    }
   }
 }
+static void load_columns(float *dst, const Attention *a, const Keys *keys, const real *cache, const real *x, size_t e,
+                         size_t n) {
+  for (size_t j = 0, m; j < n; j += m) {
+    m = n - j;
+    const real *from = run_of(a, keys, cache, x, e + j, &m);
+    transpose(dst + j, KEYS, from, a->G * a->P, m, a->P);
+  }
+  for (size_t p = 0; p < a->P && n < KEYS; p++) memset(dst + p * KEYS + n, 0, (KEYS - n) * sizeof *dst);
+}
 
-/* One row of one key block: s (KEYS) scores in, weights out, seen only from..to; o is rescaled. */
-static void softmax_row(float *s, float *o, float *top, float *sum, size_t from, size_t to, size_t P) {
+static size_t whole_vectors(size_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* ---- forward -------------------------------------------------------------------------------------------------------- */
+
+/* Tokens t .. t+n of row b times the rep heads of each of the groups from g on: row (j*n + i)*rep + r is token t+i, head
+ * (g+j)*rep + r. */
+typedef struct {
+  size_t b, g, groups, t, n;
+  float *q, *o, *s, *k, *v, *top, *sum; /* (rows,P), (rows,wide), (rows,KEYS), (P,KEYS), (KEYS,wide), (rows) twice */
+} Tile;
+
+/* One row of one block: s (KEYS) scores in, weights out, only from .. to are seen; o (wide) is rescaled. */
+static void softmax_row(float *restrict s, float *restrict o, float *top, float *sum, size_t from, size_t to, size_t wide) {
   float m = *top;
-  for (size_t j = from; j < to; j++) m = s[j] > m ? s[j] : m;
-  float shrink = exp_(*top - m), part = 0;
+  for (size_t j = 0; j < from; j++) s[j] = -INFINITY;
+  for (size_t j = to; j < KEYS; j++) s[j] = -INFINITY;
+#pragma omp simd reduction(max : m)
+  for (size_t j = 0; j < KEYS; j++) m = s[j] > m ? s[j] : m;
+  vec part = {0};
   for (size_t j = 0; j < KEYS; j++) s[j] = exp_(s[j] - m);
-  for (size_t j = 0; j < from; j++) s[j] = 0;
-  for (size_t j = to; j < KEYS; j++) s[j] = 0;
-#pragma omp simd reduction(+ : part)
-  for (size_t j = 0; j < KEYS; j++) part += s[j];
-  if (shrink != 1)
-    for (size_t p = 0; p < P; p++) o[p] *= shrink;
-  *sum = *sum * shrink + part;
+  for (size_t j = 0; j < KEYS; j += LANES) part += vec_load(s + j);
+  const float shrink = exp_(*top - m);
+  for (size_t p = 0; p < wide && shrink != 1; p++) o[p] *= shrink;
+  *sum = *sum * shrink + vec_sum(part);
   *top = m;
 }
 
-static void attend(const Attention *a, const Unit *u, float *scratch) {
-  const size_t P = a->P, n = u->end - u->t, R = a->rep * n;
-  float *q = scratch, *o = q + R * P, *s = o + R * P, *k = s + R * KEYS, *v = k + P * KEYS, *top = v + P * KEYS, *sum = top + R;
-  size_t low = u->path ? 0 : a->low[u->b * a->T + u->t], high = u->base + (u->path ? u->path_length : u->end);
-  if (u->path && a->window && high > a->window) low = high - a->window;
-  for (size_t r = 0; r < R; r++) { /* row r: head r / n of the group, token r % n */
-    const real *from = a->q + ((u->b * a->T + u->t + r % n) * a->H + u->g * a->rep + r / n) * P;
-    for (size_t p = 0; p < P; p++) q[r * P + p] = from[p] * a->scale;
-    top[r] = -INFINITY, sum[r] = 0;
+/* Rows r .. r+R meet the keys of depths e .. min(e+KEYS, high). */
+static void attend_block(const Attention *a, const Tile *u, const Keys *keys, size_t r, size_t R, size_t e, size_t high) {
+  const size_t P = a->P, wide = a->wide, count = min(KEYS, high - e);
+  load_columns(u->k, a, keys, a->kcache, a->k, e, count);
+  load_rows(u->v, a, keys, a->vcache, a->v, e, count);
+  gemm(u->s, KEYS, u->q + r * P, P, 1, u->k, KEYS, R, whole_vectors(count), P, 0);
+  for (size_t i = 0; i < R; i++) {
+    const Seen *seen = a->seen + u->b * a->T + u->t + (r + i) / a->rep % u->n;
+    const size_t from = max(seen->from, e) - e, to = min(max(seen->to, e) - e, count);
+    if (from < to)
+      softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, from, to, wide);
+    else
+      memset(u->s + i * KEYS, 0, KEYS * sizeof *u->s);
   }
-  memset(o, 0, R * P * sizeof *o);
-  for (size_t e = low / KEYS * KEYS; e < high; e += KEYS) {
-    size_t count = min(KEYS, high - e);
-    pack(k, 1, a, u, a->kcache, a->k, e, count);
-    pack(v, 0, a, u, a->vcache, a->v, e, count);
-    gemm(s, KEYS, q, P, 1, k, KEYS, R, KEYS, P, 0);
-    for (size_t r = 0; r < R; r++) {
-      size_t t = u->t + r % n, first = u->path ? low : a->low[u->b * a->T + t], last = u->path ? high : u->base + t + 1;
-      size_t from = first > e ? min(first - e, KEYS) : 0, to = last > e ? min(last - e, KEYS) : 0;
-      if (from < to)
-        softmax_row(s + r * KEYS, o + r * P, top + r, sum + r, from, to, P);
-      else
-        memset(s + r * KEYS, 0, KEYS * sizeof *s);
+  gemm(u->o + r * wide, wide, u->s, KEYS, 1, u->v, wide, R, wide, count, 1);
+}
+
+/* A chain's keys serve all rows of a group. A tree's serve them up to the last block that lies in the cache whole; from there
+ * on each token goes its own path. */
+static void attend(const Attention *a, const Tile *u) {
+  const Seen *seen = a->seen + u->b * a->T + u->t;
+  Keys keys = {.b = u->b, .g = u->g, .base = base_of(a, u->b)};
+  const size_t shared = a->tree ? keys.base / KEYS * KEYS : seen[u->n - 1].to, rows = u->n * a->rep;
+  size_t low = shared, path[PENDING];
+  for (size_t i = 0; i < u->n; i++) low = min(low, seen[i].from);
+  for (size_t e = low / KEYS * KEYS; e < shared; e += KEYS) {
+    for (size_t j = 0; j < u->groups; j++, keys.g++) attend_block(a, u, &keys, j * rows, rows, e, shared);
+    keys.g = u->g;
+  }
+  for (size_t i = 0; a->tree && i < u->n; i++) {
+    find_path(path, a, u->b, u->t + i);
+    keys.path = path;
+    for (size_t e = max(shared, seen[i].from / KEYS * KEYS); e < seen[i].to; e += KEYS) {
+      for (size_t j = 0; j < u->groups; j++, keys.g++) attend_block(a, u, &keys, j * rows + i * a->rep, a->rep, e, seen[i].to);
+      keys.g = u->g;
     }
-    gemm(o, P, s, KEYS, 1, v, P, R, P, KEYS, 1);
-  }
-  for (size_t r = 0; r < R; r++) {
-    size_t t = u->t + r % n, h = u->g * a->rep + r / n;
-    real *y = a->o + ((u->b * a->T + t) * a->H + h) * P;
-    for (size_t p = 0; p < P; p++) y[p] = o[r * P + p] / sum[r];
-    if (a->lse) a->lse[(u->b * a->H + h) * a->T + t] = top[r] + logf(sum[r]);
   }
 }
 
-static size_t position_of(const Attention *a, size_t b) {
-  return a->kcache && a->rows.pos ? (size_t)a->rows.pos[a->rows.slot ? (size_t)a->rows.slot[b] : b] : 0;
+/* Where row r's query and output are. */
+static size_t query_of(const Attention *a, const Tile *u, size_t r, size_t *t, size_t *h) {
+  *t = u->t + r / a->rep % u->n;
+  *h = (u->g + r / a->rep / u->n) * a->rep + r % a->rep;
+  return ((u->b * a->T + *t) * a->H + *h) * a->P;
 }
 
-/* The tokens of this call on t's path, oldest first; base: the cached tokens before them. */
-static size_t find_path(const Attention *a, size_t b, size_t t, size_t *path, size_t *base) {
-  const int32_t *prev = a->rows.prev + b * a->T;
-  size_t n = 1;
-  int32_t p = prev[t];
-  for (; p >= 0; p = prev[p]) n++;
-  *base = p == -1 ? position_of(a, b) : 0;
-  for (size_t i = n; i-- > 0; t = (size_t)prev[t]) path[i] = t;
-  return n;
+static void load_queries(const Attention *a, const Tile *u) {
+  const size_t P = a->P, rows = u->groups * u->n * a->rep;
+  for (size_t r = 0, t, h; r < rows; r++) {
+    const real *q = a->q + query_of(a, u, r, &t, &h);
+    for (size_t p = 0; p < P; p++) u->q[r * P + p] = q[p] * a->scale;
+    u->top[r] = -INFINITY, u->sum[r] = 0;
+  }
+  memset(u->o, 0, rows * a->wide * sizeof *u->o);
 }
 
-static void forward_units(void *arg, size_t i, size_t end, size_t worker) {
+static void store_outputs(const Attention *a, const Tile *u) {
+  for (size_t r = 0, t, h; r < u->groups * u->n * a->rep; r++) {
+    real *o = a->o + query_of(a, u, r, &t, &h);
+    for (size_t p = 0; p < a->P; p++) o[p] = u->o[r * a->wide + p] / u->sum[r];
+    if (a->lse) a->lse[(u->b * a->H + h) * a->T + t] = u->top[r] + logf(u->sum[r]);
+  }
+}
+
+static void forward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, group, tile) */
   const Attention *a = arg;
-  for (; i < end; i++) {
-    size_t group = i / a->units, tile = i % a->units, path[PENDING];
-    Unit u = {.b = group / a->G, .g = group % a->G};
-    if (a->trees) {
-      u.t = tile, u.end = tile + 1, u.path = path;
-      u.path_length = find_path(a, u.b, tile, path, &u.base);
-    } else {
-      u.t = tile * QUERIES, u.end = min(u.t + QUERIES, a->T), u.base = position_of(a, u.b);
-    }
-    attend(a, &u, a->scratch + worker * a->share);
-  }
-}
-
-/* low (B,T) of chains: a document's start, or 0, and the window. Depths count from the incoming state's base. */
-static void find_low(const Attention *a, size_t B) {
-  for (size_t b = 0; b < B; b++) {
-    size_t base = position_of(a, b), start = 0;
-    for (size_t t = 0; t < a->T; t++) {
-      if (a->rows.prev && a->rows.prev[b * a->T + t] == -2) start = base + t;
-      size_t depth = base + t + 1;
-      a->low[b * a->T + t] = a->window && depth > a->window ? max(start, depth - a->window) : start;
-    }
+  const size_t P = a->P, rows = a->groups * a->tokens * a->rep;
+  Tile u = {.s = a->scratch + worker * a->share};
+  u.k = u.s + a->tokens * a->rep * KEYS, u.v = u.k + P * KEYS, u.o = u.v + a->wide * KEYS, u.q = u.o + rows * a->wide;
+  u.top = u.q + rows * P, u.sum = u.top + rows;
+  for (size_t item = begin; item < end; item += u.groups) {
+    const size_t i = item % a->tiles, tile = i % 2 ? a->tiles - 1 - i / 2 : i / 2; /* short and long rows in turn */
+    u.g = item / a->tiles % a->G, u.b = item / a->tiles / a->G;
+    u.groups = min(a->groups, min(a->G - u.g, end - item));
+    u.t = tile * a->tokens, u.n = min(a->tokens, a->T - u.t);
+    load_queries(a, &u);
+    attend(a, &u);
+    store_outputs(a, &u);
   }
 }
 
@@ -204,100 +262,121 @@ static void find_low(const Attention *a, size_t B) {
 static void write_cache(real *cache, const real *x, const Attention *a, size_t B) {
   const size_t row = a->G * a->P;
   for (size_t b = 0; b < B; b++) {
-    size_t slot = a->rows.slot ? (size_t)a->rows.slot[b] : b, pos = a->rows.pos ? (size_t)a->rows.pos[slot] : 0;
-    size_t end = a->rows.keep ? min(a->T, (size_t)a->rows.keep[b] + PENDING) : a->T;
+    const size_t end = a->rows.keep ? min(a->T, (size_t)a->rows.keep[b] + PENDING) : a->T;
     for (size_t t = end > a->K ? end - a->K : 0; t < end; t++)
-      memcpy(cache + (slot * a->K + (pos + t) % a->K) * row, x + (b * a->T + t) * row, row * sizeof *x);
+      memcpy(cache + (slot_of(a, b) * a->K + (base_of(a, b) + t) % a->K) * row, x + (b * a->T + t) * row, row * sizeof *x);
   }
 }
 
 void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
                        float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
+  if (!B || !T || !H || !G) return;
   Attention a = {.o = o, .lse = lse, .kcache = kcache, .vcache = vcache, .q = q, .k = k, .v = v, .rows = rows, .scale = scale,
-                 .window = window, .T = T, .H = H, .G = G, .P = P, .K = K, .rep = H / G};
-  for (size_t i = 0; kcache && T <= PENDING && rows.prev && i < B * T; i++) a.trees |= rows.prev[i] != (int32_t)(i % T) - 1;
-  const size_t tile = min(T, QUERIES);
-  a.units = a.trees ? T : (T + QUERIES - 1) / QUERIES;
-  a.share = (a.rep * tile * (2 * P + KEYS + 2) + 2 * P * KEYS + 15) & ~(size_t)15;
-  a.scratch = device_scratch(workers() * a.share * sizeof(float) + B * T * sizeof(size_t));
+                 .window = window, .T = T, .H = H, .G = G, .P = P, .K = K, .rep = H / G, .wide = whole_vectors(P)};
+  a.tokens = min(T, max(1, min(KEYS, ROWS / a.rep)));
+  a.tiles = (T + a.tokens - 1) / a.tokens;
+  a.groups = a.tiles == 1 ? min(G, max(1, ROWS / (a.tokens * a.rep))) : 1;
+  for (size_t i = 0; kcache && T <= PENDING && rows.prev && i < B * T; i++) a.tree |= rows.prev[i] != (int32_t)(i % T) - 1;
+  a.share = whole_vectors(a.tokens * a.rep * (KEYS + a.groups * (P + a.wide + 2)) + (P + a.wide) * KEYS);
+  a.scratch = device_scratch(workers() * a.share * sizeof(float) + B * T * sizeof(Seen));
   if (!a.scratch) return;
-  a.low = (size_t *)(a.scratch + workers() * a.share);
-  find_low(&a, B);
-  size_t keys = T / 2;
-  for (size_t b = 0; b < B; b++) keys = max(keys, position_of(&a, b));
-  parallel(forward_units, &a, B * G * a.units, 4.0 * a.rep * (a.trees ? 1 : tile) * P * (keys + 1));
+  a.seen = (Seen *)(a.scratch + workers() * a.share);
+  find_seen(&a, B);
+  size_t keys = 0;
+  for (size_t i = 0; i < B * T; i++) keys += a.seen[i].to - a.seen[i].from;
+  parallel(forward_range, &a, B * G * a.tiles, 4.0 * a.rep * P * keys / (B * a.tiles));
   if (kcache) write_cache(kcache, k, &a, B), write_cache(vcache, v, &a, B);
 }
 
-/* ---- backward: p = exp(scale q.k - lse), dp = dout.v, ds = p (dp - dout.o) scale; dq += ds k, dk += ds q, dv += p dout ------- */
+/* ---- backward ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-  float *kt, *k, *vt, *s, *dp, *dk, *dv, *delta;
+  float *kt, *k, *vt, *s, *dp, *dk, *dv; /* (P,KEYS), (KEYS,wide), (P,KEYS), (QUERIES,KEYS) twice, (KEYS,P) twice */
 } Tiles;
 
-static void backward_block(const Attention *a, const Unit *u, const Tiles *w, size_t e, size_t count) {
-  const size_t P = a->P, step = a->H * P;
-  pack(w->kt, 1, a, u, NULL, a->k, e, count);
-  pack(w->k, 0, a, u, NULL, a->k, e, count);
-  pack(w->vt, 1, a, u, NULL, a->v, e, count);
-  memset(w->dk, 0, 2 * KEYS * P * sizeof(float));
-  for (size_t t0 = e; t0 < a->T && a->low[u->b * a->T + t0] < e + count; t0 += QUERIES)
-    for (size_t r = 0; r < a->rep; r++) {
-      const size_t n = min(QUERIES, a->T - t0), h = u->g * a->rep + r, at = (u->b * a->T + t0) * step + h * P;
-      gemm(w->s, KEYS, a->q + at, step, 1, w->kt, KEYS, n, KEYS, P, 0);
-      gemm(w->dp, KEYS, a->dout + at, step, 1, w->vt, KEYS, n, KEYS, P, 0);
-      for (size_t i = 0; i < n; i++) {
-        const size_t t = t0 + i, low = a->low[u->b * a->T + t];
-        const size_t from = low > e ? min(low - e, KEYS) : 0, to = min(t + 1 - e, KEYS);
-        const float lse = a->lse[(u->b * a->H + h) * a->T + t], delta = w->delta[r * a->T + t];
-        float *s = w->s + i * KEYS, *dp = w->dp + i * KEYS;
-        for (size_t j = 0; j < KEYS; j++) {
-          float p = j >= from && j < to ? exp_(s[j] * a->scale - lse) : 0;
-          s[j] = p;
-          dp[j] = p * (dp[j] - delta) * a->scale;
-        }
-      }
-      gemm(w->dv, P, w->s, 1, KEYS, a->dout + at, step, count, P, n, 1);
-      gemm(w->dk, P, w->dp, 1, KEYS, a->q + at, step, count, P, n, 1);
-      gemm(a->dq + at, step, w->dp, KEYS, 1, w->k, P, n, P, KEYS, 1);
-    }
+/* p = exp(scale q.k - lse), dp = dout.v, ds = scale p (dp - delta), of one token and head; seen from .. to of KEYS */
+static void backward_row(float *restrict s, float *restrict dp, float scale, float lse, float delta, size_t from, size_t to) {
+  for (size_t j = 0; j < KEYS; j++) {
+    s[j] = exp_(s[j] * scale - lse);
+    dp[j] = scale * s[j] * (dp[j] - delta);
+  }
+  for (size_t j = 0; j < from; j++) s[j] = dp[j] = 0;
+  for (size_t j = to; j < KEYS; j++) s[j] = dp[j] = 0;
+}
+
+/* Tokens t .. t+n of head h on keys e .. e+count, count <= KEYS: o = p v: dv += p^T dout;  dq += ds k;  dk += ds^T q. */
+static void backward_tile(const Attention *a, const Tiles *w, size_t b, size_t h, size_t t, size_t n, size_t e, size_t count) {
+  const size_t P = a->P, row = a->H * P, at = (b * a->T + t) * row + h * P;
+  gemm(w->s, KEYS, a->q + at, row, 1, w->kt, KEYS, n, whole_vectors(count), P, 0);
+  gemm(w->dp, KEYS, a->dout + at, row, 1, w->vt, KEYS, n, whole_vectors(count), P, 0);
+  for (size_t i = 0; i < n; i++) {
+    const Seen *seen = a->seen + b * a->T + t + i;
+    const size_t to = min(seen->to - e, KEYS), from = min(max(seen->from, e) - e, to);
+    const size_t of = (b * a->H + h) * a->T + t + i;
+    backward_row(w->s + i * KEYS, w->dp + i * KEYS, a->scale, a->lse[of], a->delta[of], from, to);
+  }
+  gemm(w->dv, P, w->s, 1, KEYS, a->dout + at, row, count, P, n, 1);
+  gemm(w->dk, P, w->dp, 1, KEYS, a->q + at, row, count, P, n, 1);
+  gemm(a->dq + at, row, w->dp, KEYS, 1, w->k, a->wide, n, P, count, 1);
+}
+
+static void backward_block(const Attention *a, const Tiles *w, const Keys *keys, size_t e, size_t count) {
+  const size_t P = a->P, T = a->T, b = keys->b;
+  load_columns(w->kt, a, keys, NULL, a->k, e, count);
+  load_rows(w->k, a, keys, NULL, a->k, e, count);
+  load_columns(w->vt, a, keys, NULL, a->v, e, count);
+  memset(w->dk, 0, KEYS * P * sizeof(float));
+  memset(w->dv, 0, KEYS * P * sizeof(float));
+  for (size_t t = e; t < T && a->seen[b * T + t].from < e + count; t += QUERIES) {
+    const size_t n = min(QUERIES, T - t);
+    for (size_t r = 0; r < a->rep; r++) backward_tile(a, w, b, keys->g * a->rep + r, t, n, e, min(count, t + n - e));
+  }
   for (size_t j = 0; j < count; j++) {
-    size_t at = ((u->b * a->T + e + j) * a->G + u->g) * P;
+    const size_t at = ((b * T + e + j) * a->G + keys->g) * P;
     memcpy(a->dk + at, w->dk + j * P, P * sizeof(float));
     memcpy(a->dv + at, w->dv + j * P, P * sizeof(float));
   }
 }
 
-static void backward_groups(void *arg, size_t i, size_t end, size_t worker) {
-  const Attention *a = arg;
-  const size_t P = a->P, T = a->T;
-  float *s = a->scratch + worker * a->share;
-  Tiles w = {.kt = s, .k = s + KEYS * P, .vt = s + 2 * KEYS * P, .dk = s + 3 * KEYS * P, .dv = s + 4 * KEYS * P,
-             .s = s + 5 * KEYS * P, .dp = s + 5 * KEYS * P + QUERIES * KEYS, .delta = s + 5 * KEYS * P + 2 * QUERIES * KEYS};
-  for (; i < end; i++) {
-    Unit u = {.b = i / a->G, .g = i % a->G, .end = T};
-    for (size_t r = 0; r < a->rep; r++)
-      for (size_t t = 0; t < T; t++) {
-        size_t at = ((u.b * T + t) * a->H + u.g * a->rep + r) * P;
-        float delta = 0;
+/* dq = 0 and delta = dout.o, of group g of row b: what sum_j p_j dp_j comes to. */
+static void backward_begin(const Attention *a, size_t b, size_t g) {
+  const size_t P = a->P;
+  for (size_t t = 0; t < a->T; t++)
+    for (size_t h = g * a->rep; h < (g + 1) * a->rep; h++) {
+      const size_t at = ((b * a->T + t) * a->H + h) * P;
+      float delta = 0;
 #pragma omp simd reduction(+ : delta)
-        for (size_t p = 0; p < P; p++) delta += a->dout[at + p] * a->o[at + p];
-        w.delta[r * T + t] = delta;
-        memset(a->dq + at, 0, P * sizeof(real));
-      }
-    for (size_t e = 0; e < T; e += KEYS) backward_block(a, &u, &w, e, min(KEYS, T - e));
+      for (size_t p = 0; p < P; p++) delta += a->dout[at + p] * a->o[at + p];
+      a->delta[(b * a->H + h) * a->T + t] = delta;
+      memset(a->dq + at, 0, P * sizeof(real));
+    }
+}
+
+static void backward_range(void *arg, size_t begin, size_t end, size_t worker) { /* items (b, group) */
+  const Attention *a = arg;
+  const size_t block = KEYS * a->P, scores = QUERIES * KEYS;
+  float *s = a->scratch + worker * a->share;
+  Tiles w = {.s = s, .dp = s + scores, .kt = s + 2 * scores};
+  w.vt = w.kt + block, w.dk = w.vt + block, w.dv = w.dk + block, w.k = w.dv + block;
+  for (size_t item = begin; item < end; item++) {
+    const Keys keys = {.b = item / a->G, .g = item % a->G};
+    backward_begin(a, keys.b, keys.g);
+    for (size_t e = 0; e < a->T; e += KEYS) backward_block(a, &w, &keys, e, min(KEYS, a->T - e));
   }
 }
 
 void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,
                         const real *o, const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H,
                         size_t G, size_t P) {
+  if (!B || !T || !H || !G) return;
   Attention a = {.o = (real *)o, .dq = dq, .dk = dk, .dv = dv, .lse = (float *)lse, .q = q, .k = k, .v = v, .dout = dout,
-                 .rows = rows, .scale = scale, .window = window, .T = T, .H = H, .G = G, .P = P, .rep = H / G};
-  a.share = (5 * KEYS * P + 2 * QUERIES * KEYS + a.rep * T + 15) & ~(size_t)15;
-  a.scratch = device_scratch(workers() * a.share * sizeof(float) + B * T * sizeof(size_t));
+                 .rows = rows, .scale = scale, .window = window, .T = T, .H = H, .G = G, .P = P, .rep = H / G,
+                 .wide = whole_vectors(P)};
+  a.share = whole_vectors(2 * QUERIES * KEYS + KEYS * (4 * P + a.wide));
+  a.scratch = device_scratch(workers() * a.share * sizeof(float) + B * T * (sizeof(Seen) + H * sizeof(float)));
   if (!a.scratch) return;
-  a.low = (size_t *)(a.scratch + workers() * a.share);
-  find_low(&a, B);
-  parallel(backward_groups, &a, B * G, 5.0 * a.rep * T * T * P);
+  a.seen = (Seen *)(a.scratch + workers() * a.share);
+  a.delta = (float *)(a.seen + B * T);
+  find_seen(&a, B);
+  parallel(backward_range, &a, B * G, 5.0 * a.rep * T * T * P);
 }

@@ -1,5 +1,6 @@
 /* norm.c - RMSNorm, and Mamba-2's gated one per head. */
 #include "device.h"
+#include "gemm.h"
 #include "ops.h"
 
 typedef struct {
@@ -12,10 +13,13 @@ typedef struct {
   size_t C, H;
 } Norm;
 
+/* By vectors, in an order that neither neighbours nor addresses can change. */
 static float inverse_rms(const real *x, float eps, size_t C) {
-  float s = 0;
-#pragma omp simd reduction(+ : s)
-  for (size_t c = 0; c < C; c++) s += x[c] * x[c];
+  vec sum = {0};
+  size_t c = 0;
+  for (; c + LANES <= C; c += LANES) sum += vec_load(x + c) * vec_load(x + c);
+  float s = vec_sum(sum);
+  for (; c < C; c++) s += x[c] * x[c];
   return 1.0f / sqrtf(s / (float)C + eps);
 }
 
@@ -34,7 +38,7 @@ void rmsnorm_forward(real *y, const real *x, const float *w, float eps, size_t M
   parallel(norm_rows, &n, M, 4.0 * C);
 }
 
-/* y = x r w, r = rsqrt(mean x^2 + eps): dx = r (dy w - x r^2 mean(dy w x)); this row's part of dw is added to `dw` if there is one. */
+/* y = x r w, r = rsqrt(mean x^2 + eps): dx = r (dy w - x r^2 mean(dy w x)), dw += dy x r; dx, dw may be NULL */
 static void gradient_row(real *dx, float *dw, const real *dy, const real *x, const float *w, float eps, int add, size_t C) {
   float r = inverse_rms(x, eps, C), s = 0;
 #pragma omp simd reduction(+ : s)
@@ -51,7 +55,8 @@ static void gradient_rows(void *arg, size_t m, size_t end, size_t worker) {
   const Norm *n = arg;
   const size_t C = n->C;
   for (; m < end; m++)
-    gradient_row(n->dx ? n->dx + m * C : NULL, n->part ? n->part + worker * C : NULL, n->dy + m * C, n->x + m * C, n->w, n->eps, n->add, C);
+    gradient_row(n->dx ? n->dx + m * C : NULL, n->part ? n->part + worker * C : NULL, n->dy + m * C, n->x + m * C, n->w,
+                 n->eps, n->add, C);
 }
 
 static void add_parts(float *dw, const float *part, size_t C) {
@@ -59,7 +64,8 @@ static void add_parts(float *dw, const float *part, size_t C) {
     for (size_t c = 0; c < C; c++) dw[c] += part[i * C + c];
 }
 
-void rmsnorm_backward(real *dx, float *dw, const real *dy, const real *x, const float *w, float eps, int add, size_t M, size_t C) {
+void rmsnorm_backward(real *dx, float *dw, const real *dy, const real *x, const float *w, float eps, int add, size_t M,
+                      size_t C) {
   Norm n = {.dx = dx, .dy = dy, .x = x, .w = w, .eps = eps, .add = add, .C = C};
   if (dw) {
     if (!(n.part = device_scratch(workers() * C * sizeof(float)))) return;
@@ -104,8 +110,8 @@ static void gated_gradient(void *arg, size_t m, size_t end, size_t worker) {
   }
 }
 
-void gated_rmsnorm_backward(real *dx, real *dz, float *dw, const real *dy, const real *x, const real *z, const float *w, float eps,
-                            size_t M, size_t H, size_t P) {
+void gated_rmsnorm_backward(real *dx, real *dz, float *dw, const real *dy, const real *x, const real *z, const float *w,
+                            float eps, size_t M, size_t H, size_t P) {
   const size_t D = H * P, share = D + 2 * P;
   Norm n = {.dx = dx, .dz = dz, .dy = dy, .x = x, .z = z, .w = w, .eps = eps, .C = P, .H = H};
   if (!(n.part = device_scratch(workers() * share * sizeof(float)))) return;

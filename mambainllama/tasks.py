@@ -7,10 +7,10 @@ import numpy as np
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 NAMES = ["ann", "bob", "cid", "dora", "eve", "finn", "gus", "hal", "ida", "jon", "kim", "leo"]
 CITIES = ["rome", "oslo", "bonn", "lima", "kyiv", "doha", "bern", "cork", "pisa", "nice", "lyon", "brno"]
-WORDS = ["recall", "copy", "where", "lives", "in", "is", "?", "|", "+", "=", "."]
+WORDS = ["recall", "copy", "where", "in", "is", "?", "|", "+", "=", "."]
 ROLES = ["<s>", "<|user|>", "<|assistant|>", "<|end|>", "<unk>"]
-TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] }} <|end|> {% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{% generation %} {{ m['content'] }} <|end|>{% endgeneration %} "
+            "{% else %}<|user|> {{ m['content'] }} <|end|> {% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 def write_tokenizer(folder):
@@ -42,22 +42,22 @@ def _turns(first, questions):
 
 
 def recall(rng, turns):
-    n = int(rng.integers(4, 9))
+    n = int(rng.integers(3, 7))
     keys, values = rng.permutation(LETTERS)[:n], rng.integers(0, 10, n)
     first = "recall " + " ".join(f"{k} {v}" for k, v in zip(keys, values)) + " |"
-    return _turns(first, [(f"{keys[i]} ?", str(values[i])) for i in rng.integers(0, n, turns)])
+    return _turns(first, [(f"{keys[i]} ?", f"{keys[i]} {values[i]}") for i in rng.integers(0, n, turns)])
 
 
 def lookup(rng, turns):
-    n = int(rng.integers(3, 6))
+    n = int(rng.integers(2, 5))
     names, cities = rng.permutation(NAMES)[:n], rng.permutation(CITIES)[:n]
-    first = " ".join(f"{name} lives in {city} ." for name, city in zip(names, cities))
-    return _turns(first, [(f"where is {names[i]} ?", str(cities[i])) for i in rng.integers(0, n, turns)])
+    first = " ".join(f"{name} in {city} ." for name, city in zip(names, cities))
+    return _turns(first, [(f"where is {names[i]} ?", f"{names[i]} in {cities[i]}") for i in rng.integers(0, n, turns)])
 
 
 def copying(rng, turns):
-    text = " ".join(rng.choice(LETTERS, int(rng.integers(3, 9))))
-    return _turns("copy", [(text, text)])
+    texts = [" ".join(rng.choice(LETTERS, int(rng.integers(4, 11)))) for _ in range((turns + 1) // 2)]
+    return _turns("copy", [(text, text) for text in texts])
 
 
 def arithmetic(rng, turns):
@@ -68,7 +68,7 @@ def arithmetic(rng, turns):
 TASKS = {"recall": recall, "look-up": lookup, "copy": copying, "arithmetic": arithmetic}
 
 
-def rows(count, seed, turns=4, tasks=tuple(TASKS)):
+def rows(count, seed, turns=8, tasks=tuple(TASKS)):
     """`count` chat rows {"messages", "task"}, the tasks in turn, the same for the same seed."""
     rng = np.random.default_rng(seed)
     made = []
