@@ -1,27 +1,30 @@
 """Four small tasks with checkable answers, written as chats: what the demo trains on and measures.
 
-recall: pairs, then questions about some of them.  look-up: the same over a table of words, in sentences.  copy: a string back.
-arithmetic: sums of two numbers below 20."""
+recall: letters with their numbers, then questions about some of them.  look-up: the same over names and cities, in sentences.
+copy: a string back.  arithmetic: sums of two numbers below 12; there are 144 of them, so they can be known by heart."""
+import json
+from pathlib import Path
+
 import numpy as np
+
+from .generate import generate
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 NAMES = ["ann", "bob", "cid", "dora", "eve", "finn", "gus", "hal", "ida", "jon", "kim", "leo"]
 CITIES = ["rome", "oslo", "bonn", "lima", "kyiv", "doha", "bern", "cork", "pisa", "nice", "lyon", "brno"]
-WORDS = ["recall", "copy", "where", "in", "is", "?", "|", "+", "=", "."]
+NUMBERS = [str(n) for n in range(24)]
+WORDS = ["recall", "copy", "where", "lives", "in", "is", "?", "|", "+", "=", "."]
 ROLES = ["<s>", "<|user|>", "<|assistant|>", "<|end|>", "<unk>"]
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{% generation %} {{ m['content'] }} <|end|>{% endgeneration %} "
-            "{% else %}<|user|> {{ m['content'] }} <|end|> {% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+VOCABULARY = ROLES + WORDS + LETTERS + NUMBERS + NAMES + CITIES
+TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] }} <|end|> {% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 def write_tokenizer(folder):
-    """tokenizer.json and tokenizer_config.json of the tasks' words into `folder`; returns how many tokens there are."""
-    import json
-    from pathlib import Path
-
+    """Writes tokenizer.json and tokenizer_config.json into `folder`: one token for each of VOCABULARY's words."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    words = ROLES + WORDS + LETTERS + [str(n) for n in range(39)] + NAMES + CITIES
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.add_special_tokens([AddedToken(role, special=True) for role in ROLES[:4]])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     folder = Path(folder)
@@ -30,60 +33,58 @@ def write_tokenizer(folder):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<unk>",
               "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-    return len(words)
 
 
-def _turns(first, questions):
-    """Chat rows: the first question stands behind the material, the others in turns of their own."""
+def _chat(material, questions):
+    """A chat in which the first question stands behind the material, and the others in turns of their own."""
     messages = []
-    for i, (question, answer) in enumerate(questions):
-        messages += [{"role": "user", "content": f"{first} {question}" if i == 0 else question}, {"role": "assistant", "content": answer}]
+    for question, answer in questions:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages[0]["content"] = f"{material} {messages[0]['content']}".strip()
     return messages
 
 
 def recall(rng, turns):
-    n = int(rng.integers(3, 7))
-    keys, values = rng.permutation(LETTERS)[:n], rng.integers(0, 10, n)
-    first = "recall " + " ".join(f"{k} {v}" for k, v in zip(keys, values)) + " |"
-    return _turns(first, [(f"{keys[i]} ?", f"{keys[i]} {values[i]}") for i in rng.integers(0, n, turns)])
+    n = int(rng.integers(4, 9))
+    keys, values = rng.permutation(LETTERS)[:n], rng.permutation(NUMBERS)[:n]
+    pairs = " ".join(f"{k} {v}" for k, v in zip(keys, values))
+    return _chat(f"recall {pairs} |", [(f"{keys[i]} ?", str(values[i])) for i in _which(rng, n, turns)])
 
 
 def lookup(rng, turns):
-    n = int(rng.integers(2, 5))
+    n = int(rng.integers(3, 6))
     names, cities = rng.permutation(NAMES)[:n], rng.permutation(CITIES)[:n]
-    first = " ".join(f"{name} in {city} ." for name, city in zip(names, cities))
-    return _turns(first, [(f"where is {names[i]} ?", f"{names[i]} in {cities[i]}") for i in rng.integers(0, n, turns)])
+    facts = " ".join(f"{name} lives in {city} ." for name, city in zip(names, cities))
+    return _chat(facts, [(f"where is {names[i]} ?", str(cities[i])) for i in _which(rng, n, turns)])
 
 
 def copying(rng, turns):
-    texts = [" ".join(rng.choice(LETTERS, int(rng.integers(4, 11)))) for _ in range((turns + 1) // 2)]
-    return _turns("copy", [(text, text) for text in texts])
+    texts = [" ".join(rng.permutation(LETTERS)[:rng.integers(4, 9)]) for _ in range(max(1, turns // 2))]
+    return _chat("", [(f"copy {text}", text) for text in texts])
 
 
 def arithmetic(rng, turns):
-    pairs = rng.integers(0, 20, (turns, 2))
-    return _turns("", [(f"{a} + {b} = ?", str(a + b)) for a, b in pairs])
+    return _chat("", [(f"{a} + {b} = ?", str(a + b)) for a, b in rng.integers(0, 12, (turns, 2))])
 
 
 TASKS = {"recall": recall, "look-up": lookup, "copy": copying, "arithmetic": arithmetic}
 
 
-def rows(count, seed, turns=8, tasks=tuple(TASKS)):
-    """`count` chat rows {"messages", "task"}, the tasks in turn, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(count):
-        task = tasks[i % len(tasks)]
-        made.append({"messages": [{**m, "content": m["content"].strip()} for m in TASKS[task](rng, turns)], "task": task})
-    return made
+def _which(rng, n, turns):
+    """Which of n facts are asked for: all in a random order before any comes again."""
+    return np.concatenate([rng.permutation(n) for _ in range(-(-turns // n))])[:turns]
 
 
-def exact_match(model, rows, draft=None, lookahead=4):
-    """Greedy answers to each row's first question: ({task: share answered exactly}, generate's stats)."""
-    from .generate import generate
+def rows(count, seed, turns=6):
+    """`count` chat rows {"messages", "task"} of about `turns` questions, the tasks in turn, the same for the same seed."""
+    rng, tasks = np.random.default_rng(seed), list(TASKS)
+    return [{"messages": TASKS[task](rng, turns), "task": task} for task in (tasks[i % len(tasks)] for i in range(count))]
 
-    out = generate(model, [row["messages"][:1] for row in rows], max_new_tokens=10, draft=draft, lookahead=lookahead)
+
+def exact_match(model, rows, draft=None, lookahead=4, batch=None):
+    """Greedy answers to each row's first question: ({task: share answered exactly}, generate's output)."""
+    out = generate(model, [row["messages"][:1] for row in rows], max_new_tokens=10, draft=draft, lookahead=lookahead, batch=batch)
     right = {}
     for row, completion in zip(rows, out):
         right.setdefault(row["task"], []).append(completion.text.strip() == row["messages"][1]["content"])
-    return {task: float(np.mean(hits)) for task, hits in right.items()}, out.stats
+    return {task: float(np.mean(hits)) for task, hits in right.items()}, out
