@@ -134,7 +134,7 @@ def test_distill_and_train(capsys, teacher, chats, tmp_path):
 
 
 def command(*args, **how):
-    return subprocess.Popen([sys.executable, "-m", "mambainllama", *map(str, args)], text=True, stdin=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-P", "-m", "mambainllama", *map(str, args)], text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 

@@ -240,7 +240,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     assert killed
     code = (f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
             f"import test_train; test_train.distill({str(folder)!r}, checkpoint_every=1)")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
     assert bits(mil.load(folder / "model")) == bits(whole()[1])
     assert history(folder) == history(whole()[0])
 
