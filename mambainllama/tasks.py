@@ -48,14 +48,14 @@ def recall(rng, turns):
     n = int(rng.integers(4, 9))
     keys, values = rng.permutation(LETTERS)[:n], rng.permutation(NUMBERS)[:n]
     pairs = " ".join(f"{k} {v}" for k, v in zip(keys, values))
-    return _chat(f"recall {pairs} |", [(f"{keys[i]} ?", str(values[i])) for i in _which(rng, n, turns)])
+    return _chat(f"recall {pairs} |", [(f"{keys[i]} ?", f"{keys[i]} {values[i]}") for i in _which(rng, n, turns)])
 
 
 def lookup(rng, turns):
     n = int(rng.integers(3, 6))
     names, cities = rng.permutation(NAMES)[:n], rng.permutation(CITIES)[:n]
-    facts = " ".join(f"{name} lives in {city} ." for name, city in zip(names, cities))
-    return _chat(facts, [(f"where is {names[i]} ?", str(cities[i])) for i in _which(rng, n, turns)])
+    facts = " ".join(f"{name} in {city} ." for name, city in zip(names, cities))
+    return _chat(facts, [(f"where is {names[i]} ?", f"{names[i]} in {cities[i]}") for i in _which(rng, n, turns)])
 
 
 def copying(rng, turns):
@@ -64,7 +64,7 @@ def copying(rng, turns):
 
 
 def arithmetic(rng, turns):
-    return _chat("", [(f"{a} + {b} = ?", str(a + b)) for a, b in rng.integers(0, 12, (turns, 2))])
+    return _chat("", [(f"{a} + {b} = ?", str(a + b)) for a, b in rng.integers(0, 12, (max(1, turns // 3), 2))])
 
 
 TASKS = {"recall": recall, "look-up": lookup, "copy": copying, "arithmetic": arithmetic}

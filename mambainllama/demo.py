@@ -1,0 +1,180 @@
+"""`mambainllama demo`: a small teacher, hybrids made and distilled from it, what each can do, and a page that shows it."""
+import base64
+import html
+import io
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from . import tasks
+from .checkpoint import load, save
+from .config import architecture
+from .convert import convert, kept_attention
+from .generate import generate
+from .info import memory
+from .model import random
+from .tokenizer import Tokenizer
+from .train import distill, train
+
+SIZES = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+         "bos_token_id": 0, "eos_token_id": 3, "initializer_range": 0.05}
+TRAINING = {"length": 128, "batch": 16, "warmup": 0.05, "betas": [0.9, 0.98], "checkpoint_every": 200}
+TEACHER = TRAINING | {"steps": 1400, "lr": 4e-3, "weight_decay": 0.01}
+STUDENT = TRAINING | {"lr": 2e-3, "kl": 1.0, "ce": 0.1}
+STEPS = 200      # of each stage of a distillation
+CONTEXT = 2048   # tokens at which memory is compared
+
+
+def demo(out="demo", device="cpu", seed=0, teacher_steps=None, steps=STEPS):
+    """Runs the whole demo into folder `out` and prints its table; returns the rows of the table.
+
+    Writes out/teacher, out/<student>/ (runs with their models in Hugging Face layout and metrics), out/results.json and
+    out/report.html. Called again, finished parts are not computed again. seed: of data, weights and order."""
+    out, began = Path(out), time.perf_counter()
+    data, held_out = tasks.rows(8000, seed + 1), tasks.rows(200, seed + 1_000_003)
+    print(f"1/4  teacher: a Llama of {SIZES['num_hidden_layers']} layers learns {', '.join(tasks.TASKS)}")
+    teacher = _teacher(out, data, seed, device, teacher_steps or TEACHER["steps"])
+    print("2/4  students: attention layers become Mamba-2, then are distilled stage by stage")
+    layers = range(SIZES["num_hidden_layers"])
+    half = [i for i in layers if i not in kept_attention(len(layers), 0.5)]
+    quarter = [i for i in layers if i not in kept_attention(len(layers), 0.25)]
+    plans = {"½ attention": [half], "¼ attention": [half, quarter], "no attention": [half, quarter, list(layers)]}
+    models = {"teacher": teacher}
+    for init in ("attention", "random"):
+        for name, plan in plans.items():
+            if name == "no attention" and init == "random":
+                continue
+            title = f"{name}, {init} init"
+            student = convert(teacher, mamba_layers=[])
+            recipe = STUDENT | {"seed": seed, "init": init, "stages": [{"mamba_layers": stage, "steps": steps} for stage in plan]}
+            print(f"     {title}: {len(plan)} stage(s) of {steps} steps")
+            distill(student, teacher, data, recipe, out=out / _slug(title))
+            models[title] = student
+    print("3/4  measuring: loss, KL, answers, speed, memory")
+    results = [_measure(title, model, teacher, held_out) for title, model in models.items()]
+    speculation = _speculate(teacher, models["no attention, attention init"], held_out)
+    print("4/4  report\n")
+    print(_table(results) + "\n")
+    print(speculation["sentence"])
+    summary = {"results": results, "speculation": speculation, "seed": seed, "seconds": time.perf_counter() - began}
+    (out / "results.json").write_text(json.dumps(summary, indent=1))
+    (out / "report.html").write_text(_page(out, summary, models))
+    print(f"\n{summary['seconds']:.0f} s; models, metrics and {out / 'report.html'} are in {out}/")
+    return results
+
+
+def _slug(title):
+    return title.replace("½", "half").replace("¼", "quarter").replace(",", "").replace(" ", "-")
+
+
+def _teacher(out, data, seed, device, steps):
+    tasks.write_tokenizer(out / "tokenizer")
+    tokenizer = Tokenizer.from_folder(out / "tokenizer")
+    teacher = random(SIZES | {"vocab_size": len(tasks.VOCABULARY)}, seed=seed, device=device)
+    teacher.folder, teacher.tokenizer = out / "tokenizer", tokenizer
+    train(teacher, data, TEACHER | {"steps": steps, "seed": seed}, out=out / "teacher-run")
+    save(teacher, out / "teacher")
+    return load(out / "teacher", device=device)
+
+
+def _measure(title, model, teacher, rows):
+    from .data import Batches, read
+
+    batches = list(Batches(read(rows, model.tokenizer, model.config["vocab_size"]), 128, 16, 0, shuffle=False).once())
+    sums = np.zeros(3)
+    for ids, targets, prev in batches:
+        same = model is teacher
+        loss = model.loss(ids, targets, teacher=None if same else teacher, kl=0.0 if same else 1.0, prev=prev)
+        sums += np.array([loss["ce"], loss["kl"], 1]) * loss["tokens"]
+    right, output = tasks.exact_match(model, rows)
+    held = memory(architecture(model.config, model.mamba_config))
+    return {"model": title, "loss": sums[0] / sums[2], "kl": sums[1] / sums[2], "exact": right, "mean": float(np.mean(list(right.values()))),
+            "tokens_per_second": output.stats["tokens_per_second"], "kv_bytes": held["kv_bytes_per_token"] * CONTEXT,
+            "state_bytes": held["state_bytes_per_sequence"]}
+
+
+def _speculate(teacher, draft, rows):
+    prompts = [row["messages"][:1] for row in rows]
+    plain = generate(teacher, prompts, max_new_tokens=10, batch=1)
+    drafted = generate(teacher, prompts, max_new_tokens=10, draft=draft, lookahead=4, batch=1)
+    equal = [a.tokens for a in plain] == [b.tokens for b in drafted]
+    a, b = plain.stats["tokens_per_second"], drafted.stats["tokens_per_second"]
+    sentence = (f"Teacher drafted by the student without attention, one prompt at a time: {drafted.stats['acceptance']:.0%} of the drafted tokens "
+                f"accepted, {drafted.stats['tokens_per_verify']:.2f} tokens a verification, {b:.0f} tokens/s against {a:.0f} without a draft "
+                f"({'faster' if b > a else 'slower'}: at this size a call costs its overhead, not its weights); greedy output "
+                f"{'identical' if equal else 'DIFFERENT'}.")
+    return {"equal": equal, "plain": plain.stats, "drafted": drafted.stats, "sentence": sentence}
+
+
+def _cells(row):
+    exact = [f"{row['exact'][task]:.0%}" for task in tasks.TASKS]
+    return [row["model"], f"{row['loss']:.3f}", f"{row['kl']:.3f}", *exact, f"{row['tokens_per_second']:.0f}", f"{row['kv_bytes'] / 1024:.0f}",
+            f"{row['state_bytes'] / 1024:.0f}"]
+
+
+HEAD = ["model", "loss", "KL", *tasks.TASKS, "tokens/s", f"KV KiB at {CONTEXT}", "state KiB"]
+
+
+def _table(results):
+    cells = [HEAD] + [_cells(row) for row in results]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
+    return "\n".join("  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths))) for line in cells)
+
+
+def _verdicts(results):
+    """Sentences from the numbers: attention against random start at each share of attention."""
+    by = {row["model"]: row for row in results}
+    for share in ("½ attention", "¼ attention"):
+        a, r = by[f"{share}, attention init"], by[f"{share}, random init"]
+        gap = a["kl"] - r["kl"]
+        word = "as close to" if abs(gap) < 0.02 * max(a["kl"], r["kl"]) else "closer to" if gap < 0 else "farther from"
+        yield (f"At {share} the student that started from the attention's projections ends {word} the teacher than the one that started at random: "
+               f"KL {a['kl']:.3f} against {r['kl']:.3f}, exact answers {a['mean']:.0%} against {r['mean']:.0%}.")
+
+
+def _page(out, summary, models):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = summary["results"]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for title in models:
+        path = out / _slug(title) / "metrics.jsonl"
+        if title != "teacher" and path.exists():
+            kl = [json.loads(line)["kl"] for line in path.read_text().splitlines()]
+            smooth = np.convolve(kl, np.ones(20) / 20, "valid") if len(kl) > 40 else kl
+            axes[0].plot(smooth, label=title)
+    axes[0].set(title="KL to the teacher while distilling", xlabel="step", yscale="log")
+    axes[0].legend(fontsize=7)
+    names, wide = list(tasks.TASKS), 0.8 / len(results)
+    for i, row in enumerate(results):
+        axes[1].bar(np.arange(len(names)) + i * wide, [row["exact"][task] for task in names], wide, label=row["model"])
+    axes[1].set(title="answers exactly right, held-out questions", ylim=(0, 1.05))
+    axes[1].set_xticks(np.arange(len(names)) + 0.4 - wide / 2, names)
+    axes[1].legend(fontsize=6)
+    lengths = np.array([128, 512, 2048, 8192, 32768])
+    for row in results[:4]:
+        axes[2].plot(lengths, (row["kv_bytes"] / CONTEXT * lengths + row["state_bytes"]) / 1024, marker="o", label=row["model"])
+    axes[2].set(title="memory of one sequence", xlabel="tokens", ylabel="KiB", xscale="log", yscale="log")
+    axes[2].legend(fontsize=7)
+    image = io.BytesIO()
+    figure.savefig(image, format="svg")
+    plt.close(figure)
+    picture = base64.b64encode(image.getvalue()).decode()
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in results)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
+    verdicts = "".join(f"<li>{html.escape(text)}</li>" for text in [*_verdicts(results), summary["speculation"]["sentence"]])
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mambainllama demo</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}table{{border-collapse:collapse}}
+td,th{{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}}td:first-child,th:first-child{{text-align:left}}img{{width:100%}}</style>
+<h1>From a Llama to a Mamba hybrid</h1>
+<p>A small Llama was trained on four tasks with checkable answers (seed {summary['seed']}). Copies of it had half, three quarters or all of their
+attention layers replaced by Mamba-2 mixers, which started either from the attention's own projections (v → x, k → B, q → C, o → out) or at random,
+and were then distilled from the teacher, stage by stage. All numbers are from questions that nobody was trained on.</p>
+<table><tr>{head}</tr>{rows}</table><ul>{verdicts}</ul><img src="data:image/svg+xml;base64,{picture}" alt="curves">
+<p>KV grows with every token, the state does not: that is what the conversion buys. Speed at this size is ruled by the cost of a call.</p></html>"""
