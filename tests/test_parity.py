@@ -6,6 +6,7 @@ import pytest
 
 import mambainllama as mil
 
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
