@@ -29,6 +29,22 @@ void *device_alloc(size_t bytes) {
   return p;
 }
 
+void device_lock(void) {}
+void device_unlock(void) {}
+const char *device_missing(void) { return NULL; }
+Recording *recording_new(void) { return NULL; }
+void recording_free(Recording *r) { (void)r; }
+int recording_play(Recording *r) { return (void)r, 0; }
+void recording_begin(void) {}
+void recording_end(Recording *r) { (void)r; }
+void device_memory(size_t *used, size_t *peak) { *used = *peak = 0; } /* not counted: the system knows */
+void *device_lend(void *host, size_t n, size_t size, int as_real, int fill) {
+  (void)n, (void)size, (void)as_real, (void)fill;
+  return host;
+}
+void device_return(void *host, void *lent, size_t n, size_t size, int as_real, int back) {
+  (void)host, (void)lent, (void)n, (void)size, (void)as_real, (void)back;
+}
 void device_free(void *p) { free(p); }
 void device_push(void *device, const void *host, size_t bytes) { memcpy(device, host, bytes); }
 void device_pull(void *host, const void *device, size_t bytes) { memcpy(host, device, bytes); }

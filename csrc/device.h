@@ -5,6 +5,8 @@
 
 #include "real.h"
 
+void device_lock(void);                                            /* one call at a time: held around everything below by the binding */
+void device_unlock(void);
 void *device_alloc(size_t bytes);                                  /* 64-byte aligned, not zeroed; NULL: out of memory, error latched */
 void device_free(void *p);                                         /* NULL is fine */
 void device_push(void *device, const void *host, size_t bytes);    /* host to device */
@@ -12,9 +14,23 @@ void device_pull(void *host, const void *device, size_t bytes);    /* device to 
 void pull_floats(float *host, const real *device, size_t n);       /* n activations as float */
 void device_copy(void *dst, const void *src, size_t bytes);        /* device to device, no overlap */
 void device_zero(void *p, size_t bytes);
+void device_memory(size_t *used, size_t *peak);                    /* bytes that device_alloc has given out: now, and the most ever */
+/* An op's argument of n elements, float32 on the host: the same memory on the CPU; elsewhere a copy, with `as_real` of the type
+ * `real`, filled from the host unless it is an output. device_return ends the loan; `back`: what was written goes to the host. */
+void *device_lend(void *host, size_t n, size_t size, int as_real, int fill);
+void device_return(void *host, void *lent, size_t n, size_t size, int as_real, int back);
 /* Scratch of an op: grow-only, valid until the next call of device_scratch on this thread; its size must be a pure function of
  * dims. NULL: out of memory, error latched. */
 void *device_scratch(size_t bytes);
+/* Work that is issued again and again. play: 1, it was done as recorded; 0: the caller issues it, once plainly (so that what grows has
+ * grown), the next time between begin and end, then plays it. On the CPU play is always 0 and the rest does nothing. */
+typedef struct Recording Recording;
+Recording *recording_new(void);
+void recording_free(Recording *r);
+int recording_play(Recording *r);
+void recording_begin(void);
+void recording_end(Recording *r);
+const char *device_missing(void);                                  /* why there is no device to compute on; NULL: there is one */
 const char *device_error(void);                                    /* the latched error, once; NULL: none */
 void device_fail(const char *what);                                /* latch an error */
 

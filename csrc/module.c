@@ -1,11 +1,9 @@
-/* module.c - the extension's face: the generic op caller over optable.h, BLAS at import, module set-up.
+/* module.c - the extension's face: the generic op caller over optable.h, module set-up.
  *
  * Everything that comes from Python is checked here, once, and named in one sentence; below this file nobody checks. */
 #define MODULE_MAIN
 #include "module.h"
 
-#include <dlfcn.h>
-#include <link.h>
 #include <stdio.h>
 
 #include "blas.h"
@@ -15,8 +13,10 @@
 enum { MOST_PARAMS = 24, MOST_DIMS = 4 };
 
 typedef struct {
-  void *data; /* NULL: absent */
-  int type;   /* a matrix's: FLOAT32 | BFLOAT16 */
+  void *data; /* NULL: absent. The array's own memory until lend_all, then what the op works on */
+  void *host;
+  size_t n;
+  int type; /* a matrix's: FLOAT32 | BFLOAT16 */
   int given;
   double number;
   uint64_t integer; /* an @ scalar, exactly */
@@ -170,7 +170,8 @@ static int read_array(const Op *op, const Param *p, PyObject *value, Arg *a, siz
     bound[letter] = 1;
     n[letter] = size;
   }
-  a->data = PyArray_DATA(array);
+  a->data = a->host = PyArray_DATA(array);
+  a->n = (size_t)PyArray_SIZE(array);
   a->type = half ? BFLOAT16 : FLOAT32;
   a->given = 1;
   return 0;
@@ -344,6 +345,10 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
   return has(op, a, "ring_x") ? check_cursors(op, rows_of(op, a), B, T) : 0;
 }
 
+PyObject *raise_failure(const char *where, const char *failure) {
+  return PyErr_Format(strstr(failure, "out of memory") ? PyExc_MemoryError : PyExc_RuntimeError, "%s: %s", where, failure);
+}
+
 /* ---- the generic caller ------------------------------------------------------------------------------------------------ */
 
 static PyObject *new_output(const Op *op, const Param *p, Arg *a, const size_t *n) {
@@ -351,8 +356,22 @@ static PyObject *new_output(const Op *op, const Param *p, Arg *a, const size_t *
   npy_intp shape[MOST_DIMS];
   for (int d = 0; d < p->dims; d++) shape[d] = (npy_intp)n[(unsigned char)p->letter[d]];
   PyObject *array = PyArray_SimpleNew(p->dims, shape, p->type == '@' ? NPY_INT32 : NPY_FLOAT32);
-  if (array) a->data = PyArray_DATA((PyArrayObject *)array);
+  if (array) a->data = a->host = PyArray_DATA((PyArrayObject *)array), a->n = (size_t)PyArray_SIZE((PyArrayObject *)array);
   return array;
+}
+
+static size_t item_size(const Param *p, const Arg *a) { return p->type == '#' && a->type == BFLOAT16 ? 2 : 4; }
+
+/* From the arrays to where the op computes, and back. */
+static void lend_all(const Op *op, Arg *a) {
+  for (int i = 0; i < op->params; i++)
+    if (a[i].host) a[i].data = device_lend(a[i].host, a[i].n, item_size(op->param + i, a + i), !op->param[i].type, !op->param[i].output);
+}
+static void return_all(const Op *op, Arg *a) {
+  for (int i = 0; i < op->params; i++) {
+    const Param *p = op->param + i;
+    if (a[i].host) device_return(a[i].host, a[i].data, a[i].n, item_size(p, a + i), !p->type, p->output || p->in_place);
+  }
 }
 
 static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
@@ -384,13 +403,17 @@ static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t posit
   if (check_rules(op, n, bound) || check_values(op, a, n, bound)) return NULL;
   for (int i = op->inputs; i < op->params; i++)
     if (!(out[i] = new_output(op, op->param + i, a + i, n))) goto done;
-  Rows rows = rows_of(op, a);
+  const char *failure;
   Py_BEGIN_ALLOW_THREADS
-  op->thunk(a, n, rows);
+  device_lock();
+  lend_all(op, a);
+  if (!(failure = device_error())) op->thunk(a, n, rows_of(op, a));
+  return_all(op, a);
+  if (!failure) failure = device_error();
+  device_unlock();
   Py_END_ALLOW_THREADS
-  const char *failure = device_error();
   if (failure) {
-    PyErr_Format(PyExc_MemoryError, "%s: %s", op->name, failure);
+    raise_failure(op->name, failure);
     goto done;
   }
   if (op->params - op->inputs == 1) {
@@ -403,61 +426,6 @@ static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t posit
 done:
   for (int i = op->inputs; i < op->params; i++) Py_XDECREF(out[i]);
   return result;
-}
-
-/* ---- SciPy's BLAS --------------------------------------------------------------------------------------------------------- */
-
-/* "void (char *, char *, int *, int *, int *, S *, S *, int *, S *, int *, S *, S *, int *)", S a typedef of float. */
-static int sgemm_signature(const char *s) {
-  static const char kinds[] = "cciiissisissi"; /* of Fortran's sgemm */
-  if (strncmp(s, "void (", 6)) return 0;
-  s += 6;
-  for (const char *k = kinds; *k; k++) {
-    size_t length = strcspn(s, ",)");
-    if (length < 3 || s[length - 1] != '*' || s[length - 2] != ' ') return 0;
-    size_t word = length - 2;
-    int fits = *k == 'c' ? word == 4 && !strncmp(s, "char", 4)
-               : *k == 'i' ? word == 3 && !strncmp(s, "int", 3)
-                           : (word == 5 && !strncmp(s, "float", 5)) || (word > 14 && !strncmp(s + word - 14, "cython_blas_s", 13)) ||
-                                 (word > 13 && !strncmp(s + word - 13, "cython_blas_s", 13));
-    if (!fits || (k[1] ? s[length] != ',' : s[length] != ')')) return 0;
-    s += length + 1 + (s[length + 1] == ' ');
-  }
-  return *s == 0;
-}
-
-static int find_threads(struct dl_phdr_info *info, size_t size, void *data) {
-  (void)size;
-  (void)data;
-  if (!info->dlpi_name || !strstr(info->dlpi_name, "scipy") || !strstr(info->dlpi_name, "blas")) return 0;
-  void *library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-  if (!library) return 0;
-  static const char *const pairs[][2] = {{"scipy_openblas_get_num_threads", "scipy_openblas_set_num_threads"},
-                                         {"openblas_get_num_threads", "openblas_set_num_threads"}};
-  for (int i = 0; i < 2 && !blas_set_threads; i++) {
-    void *get = dlsym(library, pairs[i][0]), *set = dlsym(library, pairs[i][1]);
-    if (get && set) {
-      memcpy(&blas_get_threads, &get, sizeof get);
-      memcpy(&blas_set_threads, &set, sizeof set);
-    }
-  }
-  return blas_set_threads != NULL; /* the handle stays open: the library must not go away under us */
-}
-
-/* Without the capsule, with a signature that we do not know, or with threads that we cannot set, linear.c's own product serves. */
-static void find_blas(void) {
-  PyObject *scipy = PyImport_ImportModule("scipy.linalg.cython_blas"), *api = NULL, *capsule = NULL;
-  if (scipy) api = PyObject_GetAttrString(scipy, "__pyx_capi__");
-  if (api) capsule = PyMapping_GetItemString(api, "sgemm");
-  if (capsule && PyCapsule_CheckExact(capsule) && sgemm_signature(PyCapsule_GetName(capsule))) {
-    dl_iterate_phdr(find_threads, NULL);
-    void *p = blas_set_threads ? PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)) : NULL;
-    memcpy(&blas_sgemm, &p, sizeof p);
-  }
-  Py_XDECREF(capsule);
-  Py_XDECREF(api);
-  Py_XDECREF(scipy);
-  PyErr_Clear();
 }
 
 /* ---- the module ------------------------------------------------------------------------------------------------------------ */
@@ -493,12 +461,35 @@ static PyObject *py_sum_squares(PyObject *self, PyObject *value) {
   char bound[128] = {0};
   Arg a = {0};
   if (read_array(&op, &p, value, &a, n, bound)) return NULL;
-  return PyFloat_FromDouble(sum_squares(a.data, n['n']));
+  device_lock();
+  a.data = device_lend(a.host, a.n, sizeof(float), 0, 1);
+  double sum = a.data ? sum_squares(a.data, a.n) : 0;
+  device_return(a.host, a.data, a.n, sizeof(float), 0, 0);
+  const char *failure = device_error();
+  device_unlock();
+  return failure ? raise_failure("sum_squares", failure) : PyFloat_FromDouble(sum);
+}
+
+static PyObject *py_missing(PyObject *self, PyObject *none) {
+  (void)self;
+  (void)none;
+  const char *what = device_missing();
+  return what ? PyUnicode_FromString(what) : Py_NewRef(Py_None);
+}
+
+static PyObject *py_memory(PyObject *self, PyObject *none) {
+  (void)self;
+  (void)none;
+  size_t used, peak;
+  device_memory(&used, &peak);
+  return Py_BuildValue("nn", (Py_ssize_t)used, (Py_ssize_t)peak);
 }
 
 static PyMethodDef functions[] = {
     {"workers", py_workers, METH_NOARGS, "How many threads the ops use: MIL_NUM_THREADS, else the affinity count."},
     {"supports", py_supports, METH_O, "supports(level) -> bool: whether this processor has x86-64-v3 or x86-64-v4."},
+    {"missing", py_missing, METH_NOARGS, "missing() -> why there is no device to compute on, or None."},
+    {"memory", py_memory, METH_NOARGS, "memory() -> (bytes in use, most ever in use) of the device; zeros where memory is the system's."},
     {"sum_squares", py_sum_squares, METH_O, "sum_squares(g float32 (n,)) -> float: the sum of squares, in double."},
     {0}};
 
@@ -531,12 +522,12 @@ static int add_ops(PyObject *module) {
 
 static int exec_module(PyObject *module) {
   import_array1(-1);
-  find_blas();
+  int blas = find_blas();
   if (add_ops(module) || add_types(module) || PyModule_AddFunctions(module, functions)) return -1;
   if (PyModule_AddIntConstant(module, "SCAN_RING", SCAN_RING) || PyModule_AddIntConstant(module, "SSD_RING", SSD_RING) ||
       PyModule_AddIntConstant(module, "FEW", FEW) || PyModule_AddIntConstant(module, "PENDING", PENDING))
     return -1;
-  return PyModule_AddObjectRef(module, "BLAS", blas_sgemm ? Py_True : Py_False);
+  return PyModule_AddObjectRef(module, "BLAS", blas ? Py_True : Py_False);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec_module},

@@ -1,10 +1,11 @@
-/* philox.h - Philox4x32-10 (Salmon et al. 2011): random words as a pure function of a counter and a seed. */
+/* philox.h - Philox4x32-10 (Salmon et al. 2011): random words as a pure function of a counter and a seed; and the values that
+ * start fresh, drawn from them. Host and device. */
 #ifndef MIL_PHILOX_H
 #define MIL_PHILOX_H
-#include <stdint.h>
+#include "ops.h"
 
 /* out (4) = ten rounds over counter (4), key = seed (low, high). out may be counter. */
-static inline void philox(uint32_t out[4], const uint32_t counter[4], uint64_t seed) {
+HD void philox(uint32_t out[4], const uint32_t counter[4], uint64_t seed) {
   uint32_t a = counter[0], b = counter[1], c = counter[2], d = counter[3];
   uint32_t low = (uint32_t)seed, high = (uint32_t)(seed >> 32);
   for (int round = 0; round < 10; round++) {
@@ -16,5 +17,29 @@ static inline void philox(uint32_t out[4], const uint32_t counter[4], uint64_t s
     low += 0x9e3779b9u, high += 0xbb67ae85u;
   }
   out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+}
+
+HD double open_unit(uint32_t word) { return (word + 0.5) * 0x1p-32; } /* (0,1) */
+
+HD double fresh_draw(int how, double a, double b, const uint32_t word[4], size_t i) {
+  switch (how) {
+    case FILL_UNIFORM: return a + (b - a) * open_unit(word[0]);
+    case FILL_NORMAL: return a + b * sqrt(-2 * log(open_unit(word[0]))) * cos(6.283185307179586 * open_unit(word[1]));
+    case FILL_LOG_UNIFORM: return log(a + (b - a) * open_unit(word[0]));
+    case FILL_DT: {
+      double dt = exp(log(a) + (log(b) - log(a)) * open_unit(word[0]));
+      dt = dt > 1e-4 ? dt : 1e-4;
+      return dt + log(-expm1(-dt));
+    }
+    case FILL_LOG_INDEX: return log((double)(i % (size_t)b) + 1);
+    default: return a;
+  }
+}
+
+/* Element i of fill (ops.h). */
+HD float fresh_value(int how, double a, double b, uint64_t seed, uint32_t stream, size_t i) {
+  uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32), stream, 1}, word[4];
+  philox(word, counter, seed);
+  return (float)fresh_draw(how, a, b, word, i);
 }
 #endif

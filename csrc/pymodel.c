@@ -22,14 +22,16 @@ static pthread_mutex_t computing = PTHREAD_MUTEX_INITIALIZER; /* one model call 
 #define COMPUTE(...)                   \
   Py_BEGIN_ALLOW_THREADS               \
   pthread_mutex_lock(&computing);      \
+  device_lock();                       \
   __VA_ARGS__;                         \
+  device_unlock();                     \
   pthread_mutex_unlock(&computing);    \
   Py_END_ALLOW_THREADS
 
-/* NULL, with MemoryError if something failed on the device. */
+/* NULL, with an exception if something failed on the device. */
 static PyObject *finish(int failed) {
   const char *what = device_error();
-  if (failed || what) return PyErr_Format(PyExc_MemoryError, "%s", what ? what : "out of memory");
+  if (failed || what) return raise_failure("model", what ? what : "out of memory");
   Py_RETURN_NONE;
 }
 

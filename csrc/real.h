@@ -9,18 +9,29 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __CUDACC__
+/* MIL_BF16: `_cuda`, where kernels see bf16 and the host, which only moves activations, sees 16 bits.
+ * MIL_CUDA: compiled as CUDA C++ (cuda/). */
+#ifdef MIL_CUDA
 #define HD __host__ __device__ static inline
 #else
 #define HD static inline
 #endif
 
+#if defined(MIL_BF16) && defined(MIL_CUDA)
+#include <cuda_bf16.h>
+typedef __nv_bfloat16 real;
+HD float real_to_float(real x) { return __bfloat162float(x); }
+HD real float_to_real(float x) { return __float2bfloat16(x); }
+#elif defined(MIL_BF16)
+typedef uint16_t real;
+#else
 typedef float real;
+#define real_to_float(x) (x)
+#define float_to_real(x) (x)
+#endif
 /* Tokens that a recurrent state keeps unfolded before it moves its checkpoint (ops.h, "the past"). Scan replays by the
  * recurrence, so one token; SSD replays in its quadratic form, so reads of the checkpoint are shared out over many. */
 enum { SCAN_RING = 1, SSD_RING = 16 };
-#define real_to_float(x) (x)
-#define float_to_real(x) (x)
 
 HD float bits_to_float(uint32_t u) {
   float f;

@@ -21,10 +21,16 @@ def module(device="cpu", dtype=None):
         raise ValueError(f"device is {device!r}, expected 'cpu' or 'cuda'")
     for name in names:
         try:
-            return importlib.import_module(f"mambainllama.{name}")
+            found = importlib.import_module(f"mambainllama.{name}")
         except ModuleNotFoundError:
             continue
-    raise ValueError(f"device {device!r} needs the extension module {names[0]}, which this installation does not have")
+        except ImportError as error:  # a shared library that is not there
+            raise ValueError(f"device {device!r}: {error}") from None
+        missing = found.missing()
+        if missing:
+            raise ValueError(f"device {device!r}: {missing}")
+        return found
+    raise ValueError(f"device {device!r} needs the extension module {names[0]}, which this installation does not have (built without CUDA)")
 
 
 def modules():
