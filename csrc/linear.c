@@ -217,6 +217,8 @@ void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add
   blas_end();
 }
 
+void logits_forward(float *y, const real *x, Matrix w, size_t B, size_t T, size_t K, size_t O) { linear_forward(y, x, w, NULL, 0, B, T, K, O); }
+
 /* ---- backward: dx = dy W, dW += dy^T x, dbias += sum_m dy -------------------------------------------------------------- */
 
 static void input_gradient(void *arg, size_t k, size_t end, size_t worker) { /* y is dx, x is dy; columns k .. end */

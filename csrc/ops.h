@@ -52,6 +52,8 @@ typedef struct {
 /* y[m,o] (= | add: +=) sum_k x[m,k] w[o,k] + bias[o].   y (B,T,O)  x (B,T,K)  w (O,K)  bias (O) or NULL
  * T <= FEW: one fixed order over k, rows tiled, so a row's bits depend on nothing but that row. T > FEW: BLAS. */
 void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O);
+/* The same without bias, y in float: what softmax and sampling read.   y (B,T,O) float */
+void logits_forward(float *y, const real *x, Matrix w, size_t B, size_t T, size_t K, size_t O);
 /* dx[m,k] (= | add: +=) sum_o dy[m,o] w[o,k];  dw[o,k] += sum_m dy[m,o] x[m,k];  dbias[o] += sum_m dy[m,o].
  * dx, dw (float, O x K), dbias may be NULL. */
 void linear_backward(real *dx, float *dw, float *dbias, const real *dy, const real *x, Matrix w, int add, size_t M, size_t K,

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <type_traits>
+
 #include "real.h"
 extern "C" {
 #include "device.h"
@@ -85,6 +87,31 @@ __device__ static inline void unpack_16(float (&v)[8], uint4 q) {
 __device__ static inline void load_16(float (&v)[8], const __nv_bfloat16 *p) { unpack_16(v, *(const uint4 *)p); }
 __device__ static inline void store_16(__nv_bfloat16 *p, const float (&v)[8]) {
   *(uint4 *)p = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+/* A row of n elements in pieces: f(Int<N>(), i) for elements i .. i+N, N being 16 bytes of reals where `whole` says that every pointer is
+ * aligned for it, then 1; dealt out to `lanes` threads, the same elements to a thread in every call. */
+template <int N> using Int = std::integral_constant<int, N>;
+template <class F> __device__ void each_piece(size_t n, bool whole, int lane, int lanes, F f) {
+  const size_t cut = whole ? n / REALS_16 * REALS_16 : 0;
+  for (size_t i = (size_t)lane * REALS_16; i < cut; i += (size_t)lanes * REALS_16) f(Int<REALS_16>(), i);
+  for (size_t i = cut + lane; i < n; i += lanes) f(Int<1>(), i);
+}
+__device__ static inline void load_piece(float (&v)[1], const real *p) { v[0] = load(p); }
+__device__ static inline void store_piece(real *p, const float (&v)[1]) { store(p, v[0]); }
+__device__ static inline void load_piece(float (&v)[REALS_16], const real *p) { load_16(v, p); }
+__device__ static inline void store_piece(real *p, const float (&v)[REALS_16]) { store_16(p, v); }
+static inline bool all_aligned(const void *a, const void *b = nullptr, const void *c = nullptr, const void *d = nullptr, const void *e = nullptr) {
+  return !(((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d | (uintptr_t)e) & 15);
+}
+
+/* out[i] += sum_b part[b*n + i] in the order of b. */
+[[maybe_unused]] static __global__ void add_partials(float *out, const float *part, size_t blocks, size_t n) {
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+    float sum = out[i];
+    for (size_t b = 0; b < blocks; b++) sum += part[b * n + i];
+    out[i] = sum;
+  }
 }
 
 /* ---- reductions: a fixed order --------------------------------------------------------------------------------------------------- */

@@ -3,6 +3,8 @@ import copy
 
 import numpy as np
 
+from .config import architecture
+
 FRACTIONS = (0.5, 0.25, 0.125, 0)
 
 
@@ -37,11 +39,9 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
     for layer in layers:
         if student.layer_kinds[layer] != "attention":
             raise ValueError(f"layer {layer} is {student.layer_kinds[layer]} already, expected attention")
-    heads = student.config["num_attention_heads"]
-    head_dim = student.config.get("head_dim") or student.config["hidden_size"] // heads
-    kv_heads = student.config.get("num_key_value_heads") or heads
-    if mixer == "mamba1" and layers and kv_heads * head_dim % 16:
-        raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {kv_heads * head_dim} must be a multiple of 16")
+    sizes = architecture(student.config)
+    if mixer == "mamba1" and layers and (width := sizes["kv_heads"] * sizes["head_dim"]) % 16:
+        raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {width} must be a multiple of 16")
     for layer in layers:
         student.c.convert(layer, mixer, init == "attention", int(seed) & (2**64 - 1))
     student._names = None
