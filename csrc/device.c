@@ -50,6 +50,9 @@ void device_push(void *device, const void *host, size_t bytes) { memcpy(device, 
 void device_pull(void *host, const void *device, size_t bytes) { memcpy(host, device, bytes); }
 void pull_floats(float *host, const real *device, size_t n) { memcpy(host, device, n * sizeof *host); }
 void device_copy(void *dst, const void *src, size_t bytes) { memcpy(dst, src, bytes); }
+void device_copy_rows(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t bytes, size_t rows) {
+  for (size_t i = 0; i < rows; i++) memcpy((char *)dst + i * dst_pitch, (const char *)src + i * src_pitch, bytes);
+}
 void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 
 void *device_scratch(size_t bytes) {

@@ -13,6 +13,7 @@ void device_push(void *device, const void *host, size_t bytes);    /* host to de
 void device_pull(void *host, const void *device, size_t bytes);    /* device to host, waits for the device's work */
 void pull_floats(float *host, const real *device, size_t n);       /* n activations as float */
 void device_copy(void *dst, const void *src, size_t bytes);        /* device to device, no overlap */
+void device_copy_rows(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t bytes, size_t rows); /* of rows, `bytes` each */
 void device_zero(void *p, size_t bytes);
 void device_memory(size_t *used, size_t *peak);                    /* bytes that device_alloc has given out: now, and the most ever */
 /* An op's argument of n elements, float32 on the host: the same memory on the CPU; elsewhere a copy, with `as_real` of the type

@@ -1,4 +1,4 @@
-/* model.c - parameters, forward, backward, loss, optimiser step. */
+/* model.c - parameters, forward, backward, loss, optimiser step. decode.c has the State. */
 #include "model.h"
 
 #include <stdlib.h>
@@ -55,7 +55,7 @@ static void release(Arena *a, Mark m) {
 }
 
 /* A call starts: what grew in pieces before becomes one block. */
-static void arena_begin(Arena *a, jmp_buf *out_of_memory) {
+void arena_begin(Arena *a, jmp_buf *out_of_memory) {
   a->out_of_memory = out_of_memory;
   a->used = 0;
   if (a->block && !a->block->below && a->block->size >= a->peak) {
@@ -236,6 +236,7 @@ int model_set_kind(Model *m, size_t l, int kind) {
     if (!keep) param_release(p + i);
   }
   m->kind[l] = kind;
+  m->version++;
   drop_gradients(m);
   return make_params(m, p, 1 << kind, m->type);
 }
@@ -265,6 +266,7 @@ int model_gradients(Model *m) {
 
 int model_step(Model *m, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step) {
   size_t layer;
+  m->version++;
   for (size_t i = 0; i < param_count(m); i++) {
     Param *p = param_at(m, i, &layer);
     if (!gradient(m, p)) continue;
@@ -291,12 +293,12 @@ int param_moments(Param *p) {
 
 /* ---- forward -------------------------------------------------------------------------------------------------------------------- */
 
-typedef struct { /* of one layer: input, after the mixer, MLP's halves; M rows each */
+struct Saved { /* of one layer: input, after the mixer, MLP's halves; M rows each */
   real *in, *mid, *gate, *up;
   Acts acts;
-} Saved;
+};
 
-static real *reals(Arena *a, size_t n) { return take(a, n * sizeof(real)); }
+real *reals(Arena *a, size_t n) { return take(a, n * sizeof(real)); }
 
 static void layer_layout(Model *m, size_t l, Saved *s, size_t M) {
   s->gate = reals(&m->arena, M * m->c.mlp);
@@ -351,10 +353,10 @@ static void layer_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh
 
 /* The hidden states after the last layer, before the final norm (M,C). saved NULL: nothing is kept; else (layers), and with
  * `recompute` only each layer's input is. */
-static real *run_layers(Model *m, const Call *k, const int32_t *ids, Saved *saved, int recompute) {
+real *run_layers(Model *m, const Call *k, Saved *saved, int recompute) {
   const size_t n = k->M * m->c.width;
   real *h = reals(&m->arena, n);
-  embedding_forward(h, matrix(m->top + EMBED, 0), ids, k->M, m->c.width);
+  embedding_forward(h, matrix(m->top + EMBED, 0), k->ids, k->M, m->c.width);
   for (size_t l = 0; l < m->c.layers; l++) {
     Saved local = {.in = h, .mid = h}, *s = saved ? saved + l : &local;
     real *out = h;
@@ -381,7 +383,7 @@ static size_t first_trained(const Model *m) {
   return m->c.layers;
 }
 
-static void layers_backward(Model *m, Call *k, const int32_t *ids, Saved *saved, real *dh, int recompute) {
+static void layers_backward(Model *m, Call *k, Saved *saved, real *dh, int recompute) {
   for (size_t l = m->c.layers, end = first_trained(m); l-- > end;) {
     Mark before = mark(&m->arena);
     if (recompute) {
@@ -392,19 +394,12 @@ static void layers_backward(Model *m, Call *k, const int32_t *ids, Saved *saved,
     layer_backward(m, k, l, saved + l, dh);
     release(&m->arena, before);
   }
-  if (gradient(m, m->top + EMBED)) embedding_backward(gradient(m, m->top + EMBED), dh, ids, k->M, m->c.width);
+  if (gradient(m, m->top + EMBED)) embedding_backward(gradient(m, m->top + EMBED), dh, k->ids, k->M, m->c.width);
 }
 
-static const Param *head(const Model *m) { return m->top + (m->c.tied ? EMBED : HEAD); }
+const Param *head(const Model *m) { return m->top + (m->c.tied ? EMBED : HEAD); }
 
 /* ---- a call: host arrays to the device, positions from prev ------------------------------------------------------------------------ */
-
-static int32_t *push_ints(Arena *a, const int32_t *host, size_t n) {
-  if (!host) return NULL;
-  int32_t *p = take(a, n * sizeof *p);
-  device_push(p, host, n * sizeof *p);
-  return p;
-}
 
 /* RoPE positions: start + depth along prev, from 0 at a document's start. */
 static void positions(int32_t *position, const int32_t *prev, int32_t start, size_t T) {
@@ -414,78 +409,37 @@ static void positions(int32_t *position, const int32_t *prev, int32_t start, siz
   }
 }
 
-static Call begin_call(Model *m, Arena *a, State *s, const Rows *rows, int extend, size_t B, size_t T) {
-  Call k = {.m = m, .s = s, .B = B, .T = T, .M = B * T};
-  int32_t *host = calloc(B * T + (s ? s->slots : 0) + 1, sizeof *host), *pos = host + B * T;
-  if (!host) longjmp(*a->out_of_memory, 1);
-  for (size_t i = 0; s && i < s->slots; i++) pos[i] = s->pos[i] + (extend ? s->pending[i] : 0);
-  for (size_t b = 0; b < B; b++)
-    positions(host + b * T, rows->prev ? rows->prev + b * T : NULL, s ? pos[rows->slot ? rows->slot[b] : (int32_t)b] : 0, T);
-  k.position = push_ints(a, host, B * T);
-  k.rows = (Rows){.prev = push_ints(a, rows->prev, B * T)};
-  if (s) {
-    k.rows.slot = push_ints(a, rows->slot, B);
-    k.rows.keep = push_ints(a, rows->keep, B);
-    k.rows.pos = push_ints(a, pos, s->slots);
-    k.rows.committed = push_ints(a, s->pos, s->slots);
-    k.rows.seen = push_ints(a, s->seen, s->slots);
+/* All of a call's integers in one piece. ids NULL: room for them, which the caller fills on the device. target (M) or NULL.
+ * last: k.wanted are the rows of the last `last` tokens that each row keeps. */
+Call begin_call(Model *m, State *s, const int32_t *ids, const Rows *rows, int extend, const int32_t *target, size_t last, size_t B, size_t T) {
+  const size_t M = B * T, S = s ? s->slots : 0;
+  enum { IDS, POSITION, PREV, SLOT, KEEP, POS, COMMITTED, SEEN, TARGET, WANTED, PARTS };
+  const int32_t *given[PARTS] = {[IDS] = ids, [PREV] = rows->prev, [TARGET] = target};
+  size_t size[PARTS] = {M, M, M, B, B, S, S, S, M, B * last}, at[PARTS], n = 0;
+  if (s) given[SLOT] = rows->slot, given[KEEP] = rows->keep, given[COMMITTED] = s->pos, given[SEEN] = s->seen;
+  for (int i = 0; i < PARTS; i++) {
+    if (!given[i] && i != IDS && i != POSITION && i != POS && i != WANTED) size[i] = 0;
+    at[i] = n, n += size[i];
   }
-  free(host);
-  return k;
-}
-
-/* pos moves here and in state_commit, nowhere else. Many tokens: checkpoints now stand at what was kept (ops.h). */
-static void end_call(State *s, const Rows *rows, int extend, size_t B, size_t T) {
+  int32_t *device = take(&m->arena, (n + 1) * sizeof *device), *host = malloc((n + 1) * sizeof *host);
+  if (!host) longjmp(*m->arena.out_of_memory, 1);
+  for (int i = 0; i < PARTS; i++)
+    if (given[i]) memcpy(host + at[i], given[i], size[i] * sizeof *host);
+  for (size_t i = 0; i < S; i++) host[at[POS] + i] = s->pos[i] + (extend ? s->pending[i] : 0);
   for (size_t b = 0; b < B; b++) {
-    size_t i = rows->slot ? (size_t)rows->slot[b] : b, kept = rows->keep ? (size_t)rows->keep[b] : T, left = T - kept;
-    int32_t before = s->pos[i];
-    s->pos[i] += (int32_t)kept;
-    s->seen[i] = T > PENDING ? s->pos[i] : before;
-    s->pending[i] = (int32_t)(left < PENDING ? left : PENDING) + (extend ? s->pending[i] : 0);
+    const size_t keep = rows->keep ? (size_t)rows->keep[b] : T;
+    const int32_t start = s ? host[at[POS] + (rows->slot ? (size_t)rows->slot[b] : b)] : 0;
+    positions(host + at[POSITION] + b * T, rows->prev ? rows->prev + b * T : NULL, start, T);
+    for (size_t i = 0; i < last; i++) host[at[WANTED] + b * last + i] = (int32_t)(b * T + keep - last + i);
   }
-}
-
-/* ---- logits -------------------------------------------------------------------------------------------------------------------------- */
-
-enum { LOGIT_BYTES = 64 << 20 };
-
-/* logits (rows,V) of h (rows,C), in chunks; few: rows of a call of few tokens stay row-invariant. */
-static void lm_head(Model *m, float *logits, const real *h, size_t rows, int few) {
-  const size_t C = m->c.width, V = m->c.vocab;
-  size_t chunk = LOGIT_BYTES / (V * sizeof(real)) + FEW + 1;
-  if (chunk > rows) chunk = rows;
-  real *out = reals(&m->arena, chunk * V);
-  for (size_t i = 0; i < rows; i += chunk) {
-    size_t n = rows - i < chunk ? rows - i : chunk;
-    linear_forward(out, h + i * C, matrix(head(m), 0), NULL, 0, few ? n : 1, few ? 1 : n, C, V);
-    pull_floats(logits + i * V, out, n * V);
-  }
-}
-
-int model_logits(Model *m, State *s, float *logits, const int32_t *ids, const Rows *rows, int extend, int last, size_t n, size_t B,
-                 size_t T) {
-  const size_t C = m->c.width;
-  Arena *a = &m->arena;
-  jmp_buf out_of_memory;
-  if (setjmp(out_of_memory)) return -1;
-  arena_begin(a, &out_of_memory);
-  Call k = begin_call(m, a, s, rows, extend, B, T);
-  real *h = run_layers(m, &k, push_ints(a, ids, B * T), NULL, 0);
-  real *wanted = h;
-  if (last) {
-    wanted = reals(a, B * n * C);
-    for (size_t b = 0; b < B; b++) {
-      size_t kept = rows->keep ? (size_t)rows->keep[b] : T;
-      device_copy(wanted + b * n * C, h + (b * T + kept - n) * C, n * C * sizeof(real));
-    }
-  }
-  if (n) {
-    real *normed = reals(a, B * n * C);
-    rmsnorm_forward(normed, wanted, vector(m->top + NORM), m->c.eps, B * n, C);
-    lm_head(m, logits, normed, B * n, n <= FEW);
-  }
-  if (s) end_call(s, rows, extend, B, T);
-  return 0;
+  const size_t skip = ids ? 0 : M;
+  device_push(device + skip, host + skip, (n - skip) * sizeof *host);
+  free(host);
+#define PART(i) (size[i] ? device + at[i] : NULL)
+  Call k = {.m = m, .s = s, .B = B, .T = T, .M = M, .ids = device, .position = device + at[POSITION], .target = PART(TARGET), .wanted = PART(WANTED)};
+  k.rows = (Rows){.prev = PART(PREV), .slot = PART(SLOT), .keep = PART(KEEP), .pos = PART(POS), .committed = PART(COMMITTED), .seen = PART(SEEN)};
+#undef PART
+  return k;
 }
 
 /* ---- loss ------------------------------------------------------------------------------------------------------------------------------ */
@@ -512,8 +466,8 @@ int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, cons
   Matrix tw = {0};
   if (teacher) {
     arena_begin(&teacher->arena, &out_of_memory);
-    Call k = begin_call(teacher, &teacher->arena, NULL, &rows, 0, B, T);
-    th = final_hidden(teacher, &k, run_layers(teacher, &k, push_ints(&teacher->arena, ids, M), NULL, 0));
+    Call k = begin_call(teacher, NULL, ids, &rows, 0, NULL, 0, B, T);
+    th = final_hidden(teacher, &k, run_layers(teacher, &k, NULL, 0));
     tw = matrix(head(teacher), 0);
   }
   Arena *a = &m->arena;
@@ -522,9 +476,9 @@ int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, cons
   saved = backward ? calloc(m->c.layers + 1, sizeof *saved) : NULL;
   sums = malloc(2 * M * sizeof *sums);
   if ((backward && !saved) || !sums) longjmp(out_of_memory, 1);
-  Call k = begin_call(m, a, NULL, &rows, 0, B, T);
-  const int32_t *device_ids = push_ints(a, ids, M), *device_target = push_ints(a, target, M);
-  real *h = run_layers(m, &k, device_ids, saved, recompute);
+  Call k = begin_call(m, NULL, ids, &rows, 0, target, 0, B, T);
+  const int32_t *device_target = k.target;
+  real *h = run_layers(m, &k, saved, recompute);
   float *losses = take(a, 2 * M * sizeof *losses), *weight = take(a, 2 * M * sizeof *weight);
   device_push(weight, wce, M * sizeof *weight);
   device_push(weight + M, wkl, M * sizeof *weight);
@@ -536,7 +490,7 @@ int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, cons
     lm_loss_backward(losses, losses + M, dnormed, gradient(m, head(m)), normed, w, device_target, th, tw, weight, weight + M, tau,
                      kind, M, C, V, K);
     rmsnorm_backward(dh, gradient(m, m->top + NORM), dnormed, h, vector(m->top + NORM), m->c.eps, 0, M, C);
-    layers_backward(m, &k, device_ids, saved, dh, recompute);
+    layers_backward(m, &k, saved, dh, recompute);
   } else {
     lm_loss_forward(losses, losses + M, normed, w, device_target, th, tw, weight, weight + M, tau, kind, M, C, V, K);
   }
@@ -549,63 +503,4 @@ int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, cons
   free(saved);
   free(sums);
   return 0;
-}
-
-/* ---- State ---------------------------------------------------------------------------------------------------------------------------- */
-
-int state_init(State *s, const Model *m) {
-  s->layers = m->c.layers;
-  s->pos = calloc(s->slots + 1, sizeof *s->pos);
-  s->pending = calloc(s->slots + 1, sizeof *s->pending);
-  s->seen = calloc(s->slots + 1, sizeof *s->seen);
-  s->layer = calloc(s->layers + 1, sizeof *s->layer);
-  if (!s->pos || !s->pending || !s->seen || !s->layer) return -1;
-  for (size_t l = 0; l < s->layers; l++) {
-    MIXER[m->kind[l]].caches(m, l, s->capacity, s->layer[l]);
-    for (int i = 0; i < MOST_CACHES && s->layer[l][i].row_bytes; i++) {
-      Cache *c = &s->layer[l][i];
-      size_t bytes = s->slots * c->rows * c->row_bytes;
-      if (!(c->data = device_alloc(bytes))) return -1;
-      device_zero(c->data, bytes);
-    }
-  }
-  return 0;
-}
-
-#define FOR_CACHES(s, c)                                                            \
-  for (Cache *c = (s)->layer[0], *c##_end = c + (s)->layers * MOST_CACHES; c < c##_end; c++) \
-    if (c->data)
-
-void state_free(State *s) {
-  if (s->layer) FOR_CACHES(s, c) device_free(c->data);
-  free(s->layer);
-  free(s->pos);
-  free(s->pending);
-  free(s->seen);
-}
-
-static char *slot_data(const Cache *c, size_t slot) { return (char *)c->data + slot * c->rows * c->row_bytes; }
-
-void state_reset(State *s, size_t slot) {
-  FOR_CACHES(s, c) device_zero(slot_data(c, slot), c->rows * c->row_bytes);
-  s->pos[slot] = s->pending[slot] = s->seen[slot] = 0;
-}
-
-void state_copy(State *s, size_t to, size_t from) {
-  if (to == from) return;
-  FOR_CACHES(s, c) device_copy(slot_data(c, to), slot_data(c, from), c->rows * c->row_bytes);
-  s->pos[to] = s->pos[from];
-  s->pending[to] = s->pending[from];
-  s->seen[to] = s->seen[from];
-}
-
-/* Parents come before their children, so path[i] >= i and rows move down in order. */
-void state_commit(State *s, size_t slot, size_t n, const int32_t *path) {
-  size_t pos = (size_t)s->pos[slot];
-  for (size_t i = 0; path && i < n; i++)
-    if ((size_t)path[i] != i) FOR_CACHES(s, c) if (c->circular)
-      device_copy(slot_data(c, slot) + (pos + i) % c->rows * c->row_bytes,
-                  slot_data(c, slot) + (pos + (size_t)path[i]) % c->rows * c->row_bytes, c->row_bytes);
-  s->pos[slot] += (int32_t)n;
-  s->pending[slot] = path ? 0 : s->pending[slot] - (int32_t)n;
 }

@@ -108,6 +108,7 @@ typedef struct {
   float *gradients;     /* arena of all trainable parameters, NULL before the first backward */
   size_t gradient_count;
   Arena arena;
+  unsigned version; /* moves with every buffer: recorded calls point into them */
 } Model;
 
 /* One layer's memory of a slot: `rows` entries of row_bytes; circular: addressed by position modulo rows. */
@@ -122,16 +123,20 @@ typedef struct {
   size_t slots, capacity, layers;
   int32_t *pos, *pending, *seen; /* host (slots): committed tokens, pending tokens, committed tokens when checkpoints were written */
   Cache (*layer)[MOST_CACHES];
+  struct Recorded *recorded; /* calls of few tokens that a GPU replays (decode.c) */
 } State;
 
-/* One call: what its layers need to know. `rows` and `position` are on the device. */
+/* One call: what its layers need to know. Pointers are on the device. */
 typedef struct {
   const Model *m;
   State *s;
   size_t B, T, M;
   Rows rows;
-  const int32_t *position;
+  int32_t *ids;
+  const int32_t *position, *target; /* (M) */
+  const int32_t *wanted;            /* (B*last) rows whose logits are asked for */
 } Call;
+typedef struct Saved Saved;  /* what a layer keeps for its backward */
 
 /* What a mixer keeps from forward for its backward. */
 enum { MOST_ACTS = 12 };
@@ -171,13 +176,35 @@ void param_set_trainable(Model *m, Param *p, int trainable);
 int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
 int model_step(Model *m, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
 
+/* out: sums over rows of ce and kl. Weights (M) host, per row; gradient of sum wce ce + wkl kl when backward. */
+int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,
+               const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
+
+real *reals(Arena *arena, size_t n);
+void arena_begin(Arena *arena, jmp_buf *out_of_memory); /* a call starts: everything taken before is free */
+Call begin_call(Model *m, State *s, const int32_t *ids, const Rows *rows, int extend, const int32_t *target, size_t last, size_t B, size_t T);
+real *run_layers(Model *m, const Call *k, Saved *saved, int recompute);
+const Param *head(const Model *m);
+
+/* decode.c */
 /* logits (B,n,V) host: of the last n of keep[b] tokens when last, else of all T. ids, keep, prev, slot on the host, as in Rows.
  * extend: the tokens follow the pending ones. 0, or -1 with device_error set. */
 int model_logits(Model *m, State *s, float *logits, const int32_t *ids, const Rows *rows, int extend, int last, size_t n, size_t B,
                  size_t T);
-/* out: sums over rows of ce and kl. Weights (M) host, per row; gradient of sum wce ce + wkl kl when backward. */
-int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,
-               const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
+/* One round of decoding for B rows: the draft (NULL: K = 0) proposes K tokens, the model reads the row's last token and these in one
+ * call, accepts and draws one more (ops.h, verify), and both States commit. Everything is on the host. */
+typedef struct {
+  size_t B, K, U;
+  const int32_t *slot, *last;          /* (B) the State's rows; the token that the model has not read yet */
+  const int32_t *unread, *keep;        /* (B,U), (B) tokens that the draft has not read yet, `last` being the last of them */
+  const int32_t *index, *at, *count;   /* (B) prompt, position of the round's first token, proposals that count */
+  const float *temperature, *top_p, *min_p;
+  const int32_t *top_k;
+  uint64_t seed;
+} Round;
+/* proposed (B,K)  accepted, token (B)  logits (B,K+1,V) or NULL */
+int model_round(Model *m, State *s, Model *draft, State *draft_state, const Round *r, int32_t *proposed, int32_t *accepted, int32_t *token,
+                float *logits);
 
 int state_init(State *s, const Model *m);
 void state_free(State *s);

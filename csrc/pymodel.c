@@ -235,6 +235,7 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "UO", &name, &value)) return NULL;
   Param *p = find((ModelObject *)self, name);
   if (!p || !fits(p, value, name, 1)) return NULL;
+  ((ModelObject *)self)->m.version++;
   if (param_own(p)) return finish(1);
   PyArrayObject *a = (PyArrayObject *)value;
   Matrix src = {PyArray_DATA(a), PyArray_TYPE(a) == NPY_FLOAT32 ? FLOAT32 : BFLOAT16};
@@ -362,6 +363,7 @@ static PyObject *model_set_rope(PyObject *self, PyObject *args) {
   float scale;
   if (!PyArg_ParseTuple(args, "Of", &value, &scale) || set_rope(&((ModelObject *)self)->m, value)) return NULL;
   ((ModelObject *)self)->m.c.rope_scale = scale;
+  ((ModelObject *)self)->m.version++;
   Py_RETURN_NONE;
 }
 
@@ -494,6 +496,64 @@ static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
   return Py_BuildValue("dd", out[0], out[1]);
 }
 
+/* One round (model.h, Round): checks against both States here. */
+static PyObject *model_round_(PyObject *self, PyObject *args) {
+  ModelObject *o = (ModelObject *)self;
+  PyObject *state_value, *draft_value, *draft_state_value, *in[11];
+  unsigned long long seed;
+  int want;
+  if (!PyArg_ParseTuple(args, "O!OO(OOOOOOO)(OOOO)Kp", state_type, &state_value, &draft_value, &draft_state_value, in, in + 1, in + 2, in + 3, in + 4,
+                        in + 5, in + 6, in + 7, in + 8, in + 9, in + 10, &seed, &want))
+    return NULL;
+  StateObject *state = (StateObject *)state_value, *draft_state = NULL;
+  ModelObject *draft = NULL;
+  if (draft_value != Py_None) {
+    if (!PyObject_TypeCheck(draft_value, model_type) || !PyObject_TypeCheck(draft_state_value, state_type))
+      return PyErr_Format(PyExc_ValueError, "round: the draft and its state must be of the model's own backend");
+    draft = (ModelObject *)draft_value, draft_state = (StateObject *)draft_state_value;
+    if (draft->m.c.vocab != o->m.c.vocab)
+      return PyErr_Format(PyExc_ValueError, "round: the draft's vocabulary has %zu tokens, the model's %zu", draft->m.c.vocab, o->m.c.vocab);
+  }
+  const long far = 1 << 30, vocab = (long)o->m.c.vocab - 1;
+  Round r = {.B = PyArray_Check(in[0]) ? (size_t)PyArray_SIZE((PyArrayObject *)in[0]) : 0, .seed = seed};
+  if (!r.B || !(r.slot = ints(in[0], "slot", r.B, 0, (long)state->s.slots - 1)) || !(r.last = ints(in[1], "last", r.B, 0, vocab)) ||
+      !(r.index = ints(in[2], "index", r.B, 0, INT32_MAX)) || !(r.at = ints(in[3], "at", r.B, 0, far)) || !(r.count = ints(in[4], "count", r.B, 0, FEW - 1)))
+    return NULL;
+  for (size_t b = 0; b < r.B; b++) r.K = draft && (size_t)r.count[b] > r.K ? (size_t)r.count[b] : r.K;
+  if (r.K) {
+    r.U = PyArray_Check(in[5]) ? (size_t)PyArray_SIZE((PyArrayObject *)in[5]) / r.B : 0;
+    if (!(r.unread = ints(in[5], "unread", r.B * r.U, 0, vocab)) || !(r.keep = ints(in[6], "keep", r.B, 1, (long)r.U))) return NULL;
+  }
+  if (!(r.temperature = floats(in[7], "temperature", r.B)) || !(r.top_k = ints(in[8], "top_k", r.B, 0, INT32_MAX)) ||
+      !(r.top_p = floats(in[9], "top_p", r.B)) || !(r.min_p = floats(in[10], "min_p", r.B)))
+    return NULL;
+  if (r.U > FEW) return PyErr_Format(PyExc_ValueError, "round: at most %d unread tokens, got %zu", FEW, r.U);
+  if (check_rows("round", r.slot, NULL, 1, r.B, 0, state->s.slots)) return NULL;
+  Rows rows = {.slot = r.slot}, before = {.slot = r.slot, .keep = r.keep};
+  if (check_state(o, state, &rows, 0, r.B, r.K + 1) || (r.K && check_state(draft, draft_state, &before, 0, r.B, r.U + r.K - 1))) return NULL;
+  npy_intp shape[3] = {(npy_intp)r.B, (npy_intp)r.K, 0}, wide[3] = {(npy_intp)r.B, (npy_intp)r.K + 1, (npy_intp)o->m.c.vocab};
+  PyObject *proposed = PyArray_SimpleNew(2, shape, NPY_INT32), *accepted = PyArray_SimpleNew(1, shape, NPY_INT32);
+  PyObject *token = PyArray_SimpleNew(1, shape, NPY_INT32), *logits = want ? PyArray_SimpleNew(3, wide, NPY_FLOAT32) : Py_NewRef(Py_None);
+  PyObject *none = NULL;
+  if (proposed && accepted && token && logits) {
+    int failed;
+#define DATA(array) PyArray_DATA((PyArrayObject *)(array))
+    COMPUTE(failed = model_round(&o->m, &state->s, draft ? &draft->m : NULL, draft ? &draft_state->s : NULL, &r, DATA(proposed), DATA(accepted),
+                                 DATA(token), want ? DATA(logits) : NULL))
+#undef DATA
+    none = finish(failed);
+  }
+  if (none) {
+    Py_DECREF(none);
+    return Py_BuildValue("NNNN", proposed, accepted, token, logits);
+  }
+  Py_XDECREF(proposed);
+  Py_XDECREF(accepted);
+  Py_XDECREF(token);
+  Py_XDECREF(logits);
+  return NULL;
+}
+
 static PyMethodDef model_methods[] = {
     {"names", model_names, METH_NOARGS, "names() -> {checkpoint name: shape}"},
     {"kinds", model_kinds, METH_NOARGS, "kinds() -> the layers' mixers, by name"},
@@ -512,6 +572,9 @@ static PyMethodDef model_methods[] = {
     {"randomize", model_randomize_, METH_VARARGS, "randomize(seed, std)"},
     {"set_rope", model_set_rope, METH_VARARGS, "set_rope(inv_freq, scale)"},
     {"logits", (PyCFunction)(void (*)(void))model_logits_, METH_VARARGS | METH_KEYWORDS, "logits(ids, state, keep, slot, prev, last, extend)"},
+    {"round", model_round_, METH_VARARGS,
+     "round(state, draft, draft_state, (slot, last, index, at, count, unread, keep), (temperature, top_k, top_p, min_p), seed, want_logits)\n"
+     "-> (proposed, accepted, token, logits or None)"},
     {"loss", (PyCFunction)(void (*)(void))model_loss_, METH_VARARGS | METH_KEYWORDS,
      "loss(ids, targets, wce, wkl, teacher, prev, temperature, kind, backward, recompute) -> sums of ce and kl over rows"},
     {0}};

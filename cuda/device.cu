@@ -158,8 +158,52 @@ void *device_scratch(size_t bytes) {
 
 /* ---- copies --------------------------------------------------------------------------------------------------------------------- */
 
+/* Host memory is copied into pinned pieces, which the card then fetches by itself: two large ones in turn for weights, and a ring for
+ * the few integers of a call, so that nobody waits for the stream. */
+enum { RING = 4 << 20, SMALL = 64 << 10, LARGE = 32 << 20 };
+
+static void *pinned(size_t bytes) {
+  void *p = nullptr;
+  CHECK(cudaHostAlloc(&p, bytes, cudaHostAllocDefault));
+  return p;
+}
+
+static void push_small(void *device, const void *host, size_t bytes) {
+  static char *ring = (char *)pinned(RING);
+  static size_t at;
+  if (!ring) return;
+  if (at + bytes > RING) {
+    CHECK(cudaStreamSynchronize(stream())); /* once in 4 MB: what was in the ring has been fetched */
+    at = 0;
+  }
+  memcpy(ring + at, host, bytes);
+  CHECK(cudaMemcpyAsync(device, ring + at, bytes, cudaMemcpyHostToDevice, stream()));
+  at += (bytes + 63) / 64 * 64;
+}
+
+static void push_large(void *device, const void *host, size_t bytes) {
+  static struct {
+    char *data;
+    cudaEvent_t fetched;
+  } piece[2];
+  for (size_t i = 0, turn = 0; i < bytes; i += LARGE, turn ^= 1) {
+    const size_t n = bytes - i < LARGE ? bytes - i : LARGE;
+    if (!piece[turn].data) {
+      piece[turn].data = (char *)pinned(LARGE);
+      CHECK(cudaEventCreateWithFlags(&piece[turn].fetched, cudaEventDisableTiming));
+    } else {
+      CHECK(cudaEventSynchronize(piece[turn].fetched));
+    }
+    if (!piece[turn].data) return;
+    memcpy(piece[turn].data, (const char *)host + i, n);
+    CHECK(cudaMemcpyAsync((char *)device + i, piece[turn].data, n, cudaMemcpyHostToDevice, stream()));
+    CHECK(cudaEventRecord(piece[turn].fetched, stream()));
+  }
+}
+
 void device_push(void *device, const void *host, size_t bytes) {
-  if (bytes) CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream()));
+  if (bytes && bytes <= SMALL) push_small(device, host, bytes);
+  if (bytes > SMALL) push_large(device, host, bytes);
 }
 void device_pull(void *host, const void *device, size_t bytes) {
   if (bytes) CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream()));
@@ -167,6 +211,9 @@ void device_pull(void *host, const void *device, size_t bytes) {
 }
 void device_copy(void *dst, const void *src, size_t bytes) {
   if (bytes) CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, stream()));
+}
+void device_copy_rows(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t bytes, size_t rows) {
+  if (bytes && rows) CHECK(cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, bytes, rows, cudaMemcpyDeviceToDevice, stream()));
 }
 void device_zero(void *p, size_t bytes) {
   if (bytes) CHECK(cudaMemsetAsync(p, 0, bytes, stream()));

@@ -17,14 +17,13 @@ from time import perf_counter
 
 import numpy as np
 
-from . import ops
 from .model import State
 from .tokenizer import stop_tokens as folder_stop_tokens
 
 CHUNK = 2048  # tokens of one prefill call
 MAX_LOOKAHEAD = 15  # last token + lookahead <= 16 tokens, the calls in which a row's bits are its own (FEW in ops.h)
 ROWS = 32  # rows decoded side by side unless `batch` says otherwise
-SAMPLE, PROPOSE, ACCEPT = 0, 1, 2  # what a uniform is used for
+CHOICES = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass
@@ -145,46 +144,24 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
     index = np.array([row.index for row in rows], np.int32)
     at = np.array([len(row.ids) for row in rows], np.int32)  # where the first token of the round will stand
     count = np.array([min(lookahead, row.room - 1) for row in rows], np.int32)
-    K = int(count.max())
-    choose = {name: values[index] for name, values in choose.items()}
-    B, device = len(rows), models[0].device
-
-    use = np.repeat(np.array([PROPOSE, ACCEPT, SAMPLE], np.int32), (K, K, K + 1))
-    step = np.concatenate([np.arange(K), np.arange(K), np.arange(K + 1)]).astype(np.int32)
-    u = ops.uniform(np.repeat(index, len(use)), (at[:, None] + step).ravel(), np.tile(use, B), seed=int(seed), device=device)
-    u_propose, u_accept, u_sample = (part.copy() for part in np.split(u.reshape(B, -1), (K, 2 * K), axis=1))
-
-    ids = np.empty((B, K + 1), np.int32)
-    ids[:, 0] = [row.ids[-1] for row in rows]
-    proposed = np.empty((B, K, models[0].config["vocab_size"]), np.float32)
-    for k in range(K):
-        proposed[:, k] = _draft_logits(models[1], states[1], slots, rows, ids[:, k:k + 1], k)
-        ids[:, k + 1] = ops.sample(proposed[:, k].copy(), **choose, u=u_propose[:, k].copy(), device=models[1].device)
-    logits = models[0].logits(ids, states[0], keep=0, slot=slots)
-    accepted, token = ops.verify(logits, ids[:, 1:].copy(), proposed, count, **choose, u_accept=u_accept, u_sample=u_sample,
-                                 device=device)
-    states[0].commit(accepted + 1, rows=slots)
-    if K > 1:  # the draft has read all proposals but the last
-        states[1].commit(np.minimum(accepted, K - 1), rows=slots)
+    K, B = int(count.max()), len(rows)
+    unread, keep = np.zeros((len(rows), 1), np.int32), np.zeros(len(rows), np.int32)
+    if K:  # what the draft has not read yet: two tokens after a round in which all was accepted, else one
+        behind = [row.ids[p:] for row, p in zip(rows, states[1].pos[slots])]
+        keep = np.array([len(ids) for ids in behind], np.int32)
+        unread = np.zeros((len(rows), keep.max()), np.int32)
+        for b, tokens in enumerate(behind):
+            unread[b, :len(tokens)] = tokens
+    last = np.array([row.ids[-1] for row in rows], np.int32)
+    draft = (models[1].c, states[1].c) if K else (None, None)
+    proposed, accepted, token, logits = models[0].c.round(
+        states[0].c, *draft, (slots, last, index, at, count, unread, keep), tuple(choose[name][index] for name in CHOICES), int(seed),
+        any(row.likeliest is not None for row in rows))
     stats["rounds"] += 1
     stats["verified"] += B
     stats["drafted"] += int(count.sum())
     stats["accepted"] += int(accepted.sum())
-    return [([*ids[b, 1:n + 1], token[b]], logits[b]) for b, n in enumerate(accepted)]
-
-
-def _draft_logits(draft, state, slots, rows, last, k):
-    """The draft's logits (B,V) for proposal k. The first call commits the tokens that it has not read yet (two after a round in
-    which all was accepted, else one); the others leave proposals pending, one behind the other."""
-    if k:
-        return draft.logits(last.copy(), state, keep=0, slot=slots, extend=k > 1)[:, 0]
-    pos = state.pos[slots]
-    unread = [row.ids[p:] for row, p in zip(rows, pos)]
-    keep = np.array([len(ids) for ids in unread], np.int32)
-    ids = np.zeros((len(rows), keep.max()), np.int32)
-    for b, tokens in enumerate(unread):
-        ids[b, :len(tokens)] = tokens
-    return draft.logits(ids, state, keep=keep, slot=slots, last=1)[:, 0]
+    return [([*proposed[b, :n], token[b]], logits[b] if logits is not None else [None] * (n + 1)) for b, n in enumerate(accepted)]
 
 
 class _Row:
