@@ -1,7 +1,11 @@
-"""Prefill and decode of a Llama-3.2-1B-shaped random model in bf16: `python benchmarks/decode.py [--attention 1 0.5 0]`.
+"""Prefill and decode of Llama-3-shaped random models in bf16: `python benchmarks/decode.py [--device cuda] [--attention 1 0.5 0]`.
 
-The limits are measured in the same run: sgemm (SciPy's OpenBLAS) on the model's own matrix shapes at 512 rows, for prefill; the sum of
-2 GiB of float32 on the same threads, for decode, whose floor is one read of the weights. Medians; the last line is JSON.
+On the CPU a 1B shape.
+The limits are measured in the same run: sgemm (SciPy's OpenBLAS) on the model's own matrix shapes at 512 rows, for
+prefill; the sum of 2 GiB of float32 on the same threads, for decode, whose floor is one read of the weights. Medians; the last line is JSON.
+
+On a GPU (--shape 8B 3B 1B, --batch, --context): milliseconds a token of whole decoding rounds as generate makes them (greedy choice
+included), prefill of 2048 tokens, and memory a sequence. The floor of a step is one read of weights, K/V and states at 4.25 TB/s.
 """
 import argparse
 import json
@@ -14,6 +18,8 @@ from scipy.linalg.blas import sgemm
 
 import mambainllama as mil
 from mambainllama import backend
+from mambainllama.config import architecture
+from mambainllama.info import memory
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
           "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
@@ -50,11 +56,71 @@ def read_rate(threads, repeat):
         return (4 << 29) / seconds(lambda: list(pool.map(np.sum, parts)), repeat) / 1e9
 
 
+SHAPES = {"8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False},
+          "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+          "1B": {}}
+BANDWIDTH = 4.25e12
+
+
+def decode_ms(model, state, batch, steps):
+    slots, zero = np.arange(batch, dtype=np.int32), np.zeros(batch, np.int32)
+    choices = (zero.astype(np.float32), zero, zero + np.float32(1), zero.astype(np.float32))
+    rounds = (slots, zero + 1, zero, zero, zero, zero[:, None].copy(), zero)
+
+    def step():
+        model.c.round(state.c, None, None, rounds, choices, 0, False)
+
+    for _ in range(4):  # the first are issued plainly, then recorded
+        step()
+    return 1e3 * seconds(step, steps)
+
+
+def gpu(args):
+    rows = []
+    print(f"{'model':34s} {'batch':>5s} {'context':>7s} {'prefill 2048 ms':>16s} {'ms/token':>9s} {'floor':>6s} {'tokens/s':>9s} {'MiB a sequence':>15s}")
+    for shape in args.shape:
+        teacher = mil.random(CONFIG | SHAPES[shape], dtype="bfloat16", device="cuda")
+        for share in args.attention:
+            model = teacher if share == 1 else mil.convert(teacher, attention=share)
+            held = memory(architecture(model.config, model.mamba_config))
+            weights = 2 * sum(np.prod(size) for name, size in model.names.items() if len(size) == 2 and not ("embed" in name and "lm_head.weight" in model.names))
+            for context in args.context:
+                each = held["kv_bytes_per_token"] * (context + 64) + held["state_bytes_per_sequence"]
+                for batch in args.batch:
+                    if batch * each > args.memory * 2**30:
+                        continue
+                    state = mil.State(model, batch, context + 64)
+                    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, context))
+                    times = []
+                    for start in range(0, context, 2048):
+                        times.append(seconds(lambda: model.logits(ids[:, start:start + 2048], state, slot=[0], last=1), 1))
+                    for row in range(1, batch):
+                        state.copy(row, 0)
+                    ms = decode_ms(model, state, batch, 24)
+                    floor = 1e3 * (weights + batch * each) / BANDWIDTH
+                    prefill = 1e3 * min(times[1:] or times) if context >= 2048 else float("nan")
+                    name = f"{shape} " + ("Transformer" if share == 1 else f"{share:g} attention, Mamba-2")
+                    rows.append({"model": name, "batch": batch, "context": context, "prefill_2048_ms": prefill, "ms_per_token": ms, "floor_ms": floor,
+                                 "tokens_per_second": 1e3 * batch / ms, "bytes_per_sequence": int(each)})
+                    print(f"{name:34s} {batch:5d} {context:7d} {prefill:16.1f} {ms:9.3f} {floor:6.2f} {1e3 * batch / ms:9.0f} {each / 2**20:15.1f}", flush=True)
+                    del state
+            del model
+        del teacher
+    print(json.dumps({"rows": rows}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--attention", type=float, nargs="*", default=[1, 0.5, 0], help="shares of layers that keep attention")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", nargs="*", default=["8B"], choices=list(SHAPES), help="on a GPU")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 64], help="on a GPU")
+    parser.add_argument("--context", type=int, nargs="*", default=[512, 8192, 32768], help="on a GPU")
+    parser.add_argument("--memory", type=float, default=60, help="GiB of states to try at most, on a GPU")
     args = parser.parse_args()
+    if args.device == "cuda":
+        return gpu(args)
     threads = backend.workers()
     gemm, read = sgemm_rate(512, args.repeat), read_rate(threads, args.repeat)
     print(f"{backend.module().__name__}, {threads} threads; sgemm {gemm:.0f} GFLOP/s on the model's shapes, read {read:.1f} GB/s\n")

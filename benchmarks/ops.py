@@ -1,8 +1,12 @@
-"""Time of each op on the CPU: `python benchmarks/ops.py [--repeat N] [--only NAME]`.
+"""Time of each op: `python benchmarks/ops.py [--device cuda] [--repeat N] [--only NAME]`.
 
-The limits are measured in the same run: sgemm (SciPy's OpenBLAS, float32, 2048³, the same threads) for what multiplies,
+On the CPU the limits are measured in the same run: sgemm (SciPy's OpenBLAS, float32, 2048³, the same threads) for what multiplies,
 a copy of 512 MiB (read + write) for what moves memory. A row's work is the least that the op must do: floating-point operations
 of its GEMM form, or bytes with each input read and each output written once. Medians; the last line is JSON.
+
+On a GPU (bf16) the arguments lie on the device and calls are replayed from a recorded graph, so a time is the card's alone. The floor is
+bytes over the bandwidth of a large copy or FLOPs over the rate of a large product, both measured in the same run; for the selective scan
+it is exponentials over 16 a clock and multiprocessor. Median of --repeat recordings.
 """
 import argparse
 import json
@@ -136,11 +140,115 @@ def cases(m):
            None, logits.nbytes / 1e9)
 
 
+def few_rows(B, T):
+    """State cursors of B rows that stand in the middle of a ring."""
+    at = np.full(B, 8, np.int32)
+    return dict(pos=at, committed=at, seen=at)
+
+
+def zero_state(S, *width):
+    return np.zeros((S, *width), np.float32)
+
+
+def gpu_cases(m):
+    """(name, op, arguments, GB, TFLOP or exponentials of 10^12): Llama-3-8B's shapes."""
+    B, T, H, G, P, N, W = 8, 2048, 32, 8, 128, 128, 4
+
+    def ssd(B, T):
+        tflop = 1e-12 * B * T * H * (2 * 128 * (N + P) / 2 + 4 * P * N)  # chunks of 128: causal halves of C B^T and of its product with x; states in and out
+        return heads(B, T, H, G, P, N), 2e-9 * B * T * (H * P + H * N + G * (P + N) + H), tflop
+
+    for b, t in ((8, 2048), (1, 2048), (1, 65536)):
+        args, gb, tflop = ssd(b, t)
+        yield f"ssd forward B {b} T {t}", "ssd_forward", args, gb, tflop
+    args, gb, tflop = ssd(8, 2048)
+    yield "ssd backward B 8 T 2048", "ssd_backward", args | dict(dy=randn(8, T, H, P)), 2.5 * gb, 3 * tflop
+    D, J = H * P, G * P // 16
+    for b, t in ((8, 2048), (1, 2048), (1, 65536)):
+        yield f"scan forward B {b} T {t}", "selective_scan_forward", channels(b, t, D, 16, J), 2e-9 * b * t * (5 * D + G * P), 1e-12 * b * t * D * 16
+    yield ("scan backward B 8 T 2048", "selective_scan_backward", channels(8, T, D, 16, J) | dict(dy=randn(8, T, D)), 2e-9 * B * T * (10 * D + 2 * G * P),
+           2e-12 * B * T * D * 16)
+    x, w = randn(8, T, 6144), randn(6144, W)
+    yield "conv1d + SiLU forward B 8 T 2048, 6144 channels", "conv1d_forward", dict(x=x, w=w), 4e-9 * x.size, None
+    yield "conv1d backward, same", "conv1d_backward", dict(dy=x, x=x, w=w), 6e-9 * x.size, None
+    for b, t in ((1, 2048), (4, 2048)):
+        q, k = randn(b, t, H, P), randn(b, t, G, P)
+        yield f"attention forward B {b} T {t}", "attention_forward", dict(q=q, k=k, v=k), None, 2e-12 * b * H * t * t * P
+    lse = np.full((4, H, T), 8, np.float32)
+    yield "attention backward B 4 T 2048", "attention_backward", dict(do=q, q=q, k=k, v=k, o=q, lse=lse), None, 5e-12 * 4 * H * T * T * P
+    for b, context in ((1, 512), (1, 32768), (64, 2048)):
+        cache = np.zeros((b, context + 64, G, P), np.float32)
+        yield (f"attention T 1, B {b}, context {context}", "attention_forward",
+               dict(q=randn(b, 1, H, P), k=randn(b, 1, G, P), v=randn(b, 1, G, P), kcache=cache, vcache=cache.copy(), pos=np.full(b, context, np.int32)),
+               4e-9 * b * context * G * P, None)
+    for rows, K, O in ((1, 4096, 14336), (5, 4096, 14336), (16, 4096, 14336), (1, 14336, 4096), (1, 4096, 4096), (1, 4096, 1024), (1, 4096, 128256)):
+        copies = max(1, -(-(1 << 28) // (K * O)))  # enough weights that the cache does not hold them; the time is that of one
+        big = (rng.standard_normal((O * copies, K), dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        yield f"linear {rows} x {K} -> {O}", "linear_forward", dict(x=randn(1, rows, K), w=big, copies=copies), 2e-9 * K * O, None
+    for rows in (64, 320):
+        yield f"linear {rows} decode rows x 4096 -> 14336", "linear_forward", dict(x=randn(rows // 5 or 1, 5, 4096)[:rows], w=big[:14336, :4096].copy()), 2e-9 * 4096 * 14336, 2e-12 * rows * 4096 * 14336
+    a = randn(1, 8192, 4096)
+    yield "linear 8192 x 4096 -> 14336", "linear_forward", dict(x=a, w=big[:14336].copy()), None, 2e-12 * 8192 * 4096 * 14336
+    for b in (1, 64, 256):
+        for t in (1, 5):
+            base = heads(b, t, H, G, P, N)
+            R = m.SSD_RING + m.PENDING
+            state = dict(state=zero_state(b, H, P, N), ring_x=randn(b, R, G, P), ring_dt=np.full((b, R, H), 0.01, np.float32), ring_B=randn(b, R, G, N))
+            yield f"ssd T {t}, B {b}", "ssd_forward", base | state | few_rows(b, t), 4e-9 * b * H * P * N, None
+            at = np.full(b, m.SSD_RING, np.int32)
+            flush = dict(pos=at, committed=at, seen=at - 1)
+            yield f"ssd T {t}, B {b}, with a fold", "ssd_forward", base | state | flush, 8e-9 * b * H * P * N, None
+    for b, t in ((1, 1), (256, 1), (1, 5), (64, 5)):
+        R = m.SCAN_RING + m.PENDING
+        state = dict(state=zero_state(b, D, 16), ring_x=randn(b, R, D), ring_dt=np.full((b, R, D), 0.01, np.float32), ring_B=randn(b, R, J, 16))
+        yield f"scan T {t}, B {b}", "selective_scan_forward", channels(b, t, D, 16, J) | state | few_rows(b, t), 4e-9 * b * D * 16, None
+    r = randn(8192, 4096)
+    yield "rmsnorm forward 8192 x 4096", "rmsnorm_forward", dict(x=r, w=randn(4096), eps=1e-5), 4e-9 * r.size, None
+    yield "rmsnorm forward 1 x 4096", "rmsnorm_forward", dict(x=r[:1].copy(), w=randn(4096), eps=1e-5), 4e-9 * 4096, None
+    gate = randn(8192, 14336)
+    yield "swiglu forward 8192 x 14336", "swiglu_forward", dict(gate=gate, up=gate), 6e-9 * gate.size, None
+    n = 1 << 26
+    p = randn(n)
+    yield "adamw 64 Mi parameters", "adamw", dict(w=p, m=p * 0, v=p * 0, grad=p, lr=1e-3, b1=0.9, b2=0.99, eps=1e-8, decay=0.0, step=1), 28e-9 * n, None
+    h, table, target = randn(2048, 4096), big[:128256], rng.integers(0, 128256, 2048).astype(np.int32)
+    yield "lm_loss backward 2048 rows, V 128256, teacher", "lm_loss_backward", dict(h=h, w=table, target=target, th=h, tw=table), None, 6e-12 * 2048 * 4096 * 128256
+    logits = randn(8, 128256)
+    ones, zero = np.ones(8, np.float32), np.zeros(8, np.int32)
+    yield "sample 8 rows, greedy", "sample", dict(logits=logits, temperature=ones * 0, top_k=zero, top_p=ones, min_p=ones * 0, u=ones / 2), 4e-9 * logits.size, None
+    yield ("sample 8 rows, top-k 50, top-p 0.9", "sample", dict(logits=logits, temperature=ones, top_k=zero + 50, top_p=ones * np.float32(0.9), min_p=ones * 0, u=ones / 2),
+           4e-9 * logits.size, None)
+
+
+def gpu(args):
+    m = backend.module("cuda")
+    big = np.zeros(1 << 28, np.float32)
+    a, w = randn(1, 8192, 4096), (randn(14336, 4096).view(np.uint32) >> 16).astype(np.uint16)
+    tflops = 2e-12 * 8192 * 4096 * 14336 / m.time_op("linear_forward", 10, x=a, w=w)
+    tbs = 1e-12 * 2 * big.nbytes / m.time_op("transfer", 10, dst=big.reshape(-1, 4096), src=big.reshape(-1, 4096) + 0, to=0, count=big.size // 4096, **{"from": 0})
+    exps = 16 * 132 * 1.75e-3  # 10^12 a second
+    print(f"{m.__name__}: copy {tbs:.2f} TB/s, bf16 product {tflops:.0f} TFLOP/s\n")
+    print(f"{'op':52s} {'us':>10s} {'floor us':>9s} {'of floor':>9s} {'TB/s':>7s} {'TFLOP/s':>8s}")
+    rows = []
+    for name, op, arguments, gb, work in gpu_cases(m):
+        if args.only not in name:
+            continue
+        copies = arguments.pop("copies", 1)
+        ns = 1e9 * statistics.median(m.time_op(op, 20, **arguments) for _ in range(args.repeat)) / copies
+        scan = op.startswith("selective_scan") and work
+        floor = max(1e3 * (gb or 0) / tbs, 1e9 * (work or 0) / (exps if scan else tflops))
+        rows.append({"op": name, "us": ns / 1e3, "floor_us": floor / 1e3, "gb": gb, "tflop": None if scan else work})
+        print(f"{name:52s} {ns / 1e3:10.2f} {floor / 1e3:9.2f} {floor / ns:9.0%} {1e3 * gb / ns if gb else 0:7.2f} {1e9 * work / ns if work and not scan else 0:8.0f}", flush=True)
+    print(json.dumps({"module": m.__name__, "copy_tbs": tbs, "product_tflops": tflops, "rows": rows}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", default="", help="only the rows whose name holds this text")
     args = parser.parse_args()
+    if args.device == "cuda":
+        return gpu(args)
     module = backend.module("cpu")
     gemm, copy = limits()
     print(f"{module.__name__}, {module.workers()} threads; sgemm {gemm:.0f} GFLOP/s, copy {copy:.1f} GB/s, "

@@ -5,6 +5,7 @@
 #include "module.h"
 
 #include <stdio.h>
+#include <time.h>
 
 #include "blas.h"
 
@@ -374,13 +375,39 @@ static void return_all(const Op *op, Arg *a) {
   }
 }
 
-static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
-  const Op *op = PyCapsule_GetPointer(self, NULL);
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Seconds of one of `repeat` calls in a row: what a GPU does is recorded, so that the host does not slow it down. */
+static double time_calls(const Op *op, Arg *a, const size_t *n, Rows rows, size_t repeat) {
+  Recording *r = recording_new();
+  double start = 0;
+  op->thunk(a, n, rows);
+  recording_begin();
+  for (size_t i = 0; i < repeat; i++) op->thunk(a, n, rows);
+  recording_end(r);
+  for (int timed = 0; timed < 2; timed++) {
+    device_pull(NULL, NULL, 0); /* waits */
+    start = now();
+    if (!recording_play(r))
+      for (size_t i = 0; i < repeat; i++) op->thunk(a, n, rows);
+    device_pull(NULL, NULL, 0);
+  }
+  double seconds = (now() - start) / (double)repeat;
+  recording_free(r);
+  return seconds;
+}
+
+/* repeat 0: the op's results; else the seconds of a call. */
+static PyObject *run_op(const Op *op, PyObject *const *args, Py_ssize_t positional, PyObject *names, size_t repeat) {
   PyObject *value[MOST_PARAMS] = {0}, *out[MOST_PARAMS] = {0}, *result = NULL;
   Arg a[MOST_PARAMS] = {0};
   size_t n[128] = {0};
   char bound[128] = {0};
-  if (!op) return NULL;
+  double seconds = 0;
   if (positional > op->inputs)
     return PyErr_Format(PyExc_TypeError, "%s: takes %d arguments, got %zd", op->name, op->inputs, positional);
   for (Py_ssize_t i = 0; i < positional; i++) value[i] = args[i];
@@ -407,7 +434,12 @@ static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t posit
   Py_BEGIN_ALLOW_THREADS
   device_lock();
   lend_all(op, a);
-  if (!(failure = device_error())) op->thunk(a, n, rows_of(op, a));
+  if (!(failure = device_error())) {
+    if (repeat)
+      seconds = time_calls(op, a, n, rows_of(op, a), repeat);
+    else
+      op->thunk(a, n, rows_of(op, a));
+  }
   return_all(op, a);
   if (!failure) failure = device_error();
   device_unlock();
@@ -416,7 +448,9 @@ static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t posit
     raise_failure(op->name, failure);
     goto done;
   }
-  if (op->params - op->inputs == 1) {
+  if (repeat) {
+    result = PyFloat_FromDouble(seconds);
+  } else if (op->params - op->inputs == 1) {
     result = Py_NewRef(out[op->inputs]);
   } else if (op->params == op->inputs) {
     result = Py_NewRef(Py_None);
@@ -426,6 +460,20 @@ static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t posit
 done:
   for (int i = op->inputs; i < op->params; i++) Py_XDECREF(out[i]);
   return result;
+}
+
+static PyObject *call_op(PyObject *self, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
+  const Op *op = PyCapsule_GetPointer(self, NULL);
+  return op ? run_op(op, args, positional, names, 0) : NULL;
+}
+
+static PyObject *py_time_op(PyObject *self, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
+  (void)self;
+  const char *name = positional == 2 ? PyUnicode_AsUTF8(args[0]) : NULL;
+  long repeat = name ? PyLong_AsLong(args[1]) : 0;
+  for (int i = 0; name && i < OP_COUNT && repeat > 0; i++)
+    if (!strcmp(OPS[i].name, name)) return run_op(OPS + i, args + 2, 0, names, (size_t)repeat);
+  return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "time_op: expected the name of an op, a positive count, and the op's arguments by name");
 }
 
 /* ---- the module ------------------------------------------------------------------------------------------------------------ */
@@ -489,6 +537,8 @@ static PyMethodDef functions[] = {
     {"workers", py_workers, METH_NOARGS, "How many threads the ops use: MIL_NUM_THREADS, else the affinity count."},
     {"supports", py_supports, METH_O, "supports(level) -> bool: whether this processor has x86-64-v3 or x86-64-v4."},
     {"missing", py_missing, METH_NOARGS, "missing() -> why there is no device to compute on, or None."},
+    {"time_op", (PyCFunction)(void (*)(void))py_time_op, METH_FASTCALL | METH_KEYWORDS,
+     "time_op(name, repeat, **arguments) -> seconds of one of `repeat` calls in a row, arguments and results staying on the device."},
     {"memory", py_memory, METH_NOARGS, "memory() -> (bytes in use, most ever in use) of the device; zeros where memory is the system's."},
     {"sum_squares", py_sum_squares, METH_O, "sum_squares(g float32 (n,)) -> float: the sum of squares, in double."},
     {0}};
