@@ -82,14 +82,16 @@ def gpu(args):
         teacher = mil.random(CONFIG | SHAPES[shape], dtype="bfloat16", device="cuda")
         for share in args.attention:
             model = teacher if share == 1 else mil.convert(teacher, attention=share)
-            held = memory(architecture(model.config, model.mamba_config))
+            sizes = memory(architecture(model.config, model.mamba_config))  # of float32
             weights = 2 * sum(np.prod(size) for name, size in model.names.items() if len(size) == 2 and not ("embed" in name and "lm_head.weight" in model.names))
             for context in args.context:
-                each = held["kv_bytes_per_token"] * (context + 64) + held["state_bytes_per_sequence"]
+                each = sizes["kv_bytes_per_token"] / 2 * (context + 64) + sizes["state_bytes_per_sequence"]
                 for batch in args.batch:
                     if batch * each > args.memory * 2**30:
                         continue
+                    before = model.module.memory()[0]
                     state = mil.State(model, batch, context + 64)
+                    held = (model.module.memory()[0] - before) / batch
                     ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, context))
                     times = []
                     for start in range(0, context, 2048):
@@ -97,12 +99,12 @@ def gpu(args):
                     for row in range(1, batch):
                         state.copy(row, 0)
                     ms = decode_ms(model, state, batch, 24)
-                    floor = 1e3 * (weights + batch * each) / BANDWIDTH
+                    floor = 1e3 * (weights + batch * held) / BANDWIDTH
                     prefill = 1e3 * min(times[1:] or times) if context >= 2048 else float("nan")
                     name = f"{shape} " + ("Transformer" if share == 1 else f"{share:g} attention, Mamba-2")
                     rows.append({"model": name, "batch": batch, "context": context, "prefill_2048_ms": prefill, "ms_per_token": ms, "floor_ms": floor,
-                                 "tokens_per_second": 1e3 * batch / ms, "bytes_per_sequence": int(each)})
-                    print(f"{name:34s} {batch:5d} {context:7d} {prefill:16.1f} {ms:9.3f} {floor:6.2f} {1e3 * batch / ms:9.0f} {each / 2**20:15.1f}", flush=True)
+                                 "tokens_per_second": 1e3 * batch / ms, "bytes_per_sequence": int(held)})
+                    print(f"{name:34s} {batch:5d} {context:7d} {prefill:16.1f} {ms:9.3f} {floor:6.2f} {1e3 * batch / ms:9.0f} {held / 2**20:15.1f}", flush=True)
                     del state
             del model
         del teacher
