@@ -44,6 +44,7 @@ typedef struct {
 #define i32(i) ((int32_t *)a[i].data)
 #define mat(i) ((Matrix){a[i].data, a[i].type})
 #define num(i, otherwise) (a[i].given ? a[i].number : (otherwise))
+#define whole(i, otherwise) (a[i].given ? a[i].integer : (otherwise))
 #define ring(i) ((Ring){r(i), r(i + 2), f(i + 1)})
 #define ROW(name, spec, rules, ring_rows, doc, call)         \
   static void call_##name(Arg *a, const size_t *n, Rows rows) { \
@@ -64,6 +65,7 @@ static Op OPS[] = {
 #undef i32
 #undef mat
 #undef num
+#undef whole
 #undef ring
 enum { OP_COUNT = sizeof OPS / sizeof *OPS };
 
@@ -243,17 +245,20 @@ int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int p
   return 0;
 }
 
-/* The cursors of the slots in use: seen <= committed <= pos, and what lies between them fits a ring of R + PENDING tokens. */
+/* The cursors of the slots in use: seen <= committed <= pos, and a ring of R + PENDING tokens holds what lies between the checkpoint,
+ * at floor(seen/R)*R, and pos, and between what is committed and the call's last token. */
 static int check_cursors(const Op *op, Rows r, size_t B, size_t T) {
   for (size_t b = 0; b < B; b++) {
     size_t s = r.slot ? (size_t)r.slot[b] : b;
     long pos = r.pos ? r.pos[s] : 0, committed = r.committed ? r.committed[s] : 0, seen = r.seen ? r.seen[s] : 0;
-    if (seen <= committed && committed <= pos && pos - committed + (T <= PENDING ? (long)T : 0) <= PENDING && committed - seen <= PENDING)
+    long checkpoint = seen / op->ring * op->ring;
+    if (seen <= committed && committed <= pos && pos - committed + (T <= PENDING ? (long)T : 0) <= PENDING && committed - seen <= PENDING &&
+        pos - checkpoint <= op->ring + PENDING)
       continue;
     PyErr_Format(PyExc_ValueError,
                  "%s: slot %zu has seen %ld, committed %ld, pos %ld: expected seen <= committed <= pos, at most %d between seen and "
-                 "committed, and at most %d pending with this call's %zu tokens",
-                 op->name, s, seen, committed, pos, PENDING, PENDING, T);
+                 "committed, at most %d pending with this call's %zu tokens, and at most %d between the checkpoint at %ld and pos",
+                 op->name, s, seen, committed, pos, PENDING, PENDING, T, op->ring + PENDING, checkpoint);
     return -1;
   }
   return 0;
@@ -306,8 +311,8 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
   }
   if (!strncmp(op->name, "conv1d", 6)) {
     int block = find_param(op, "block");
-    double width = a[block].given ? a[block].number : 1;
-    if (n['x'] != n['d'] && (width < 1 || n['x'] % (size_t)width)) {
+    uint64_t width = a[block].given ? a[block].integer : 1;
+    if (n['x'] != n['d'] && (!width || n['x'] % width)) {
       PyErr_Format(PyExc_ValueError, "%s: argument 'block' must divide size x (%zu)", op->name, n['x']);
       return -1;
     }
@@ -323,15 +328,20 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
   int i = find_param(op, "to"), kind = find_param(op, "kind");
   if (i >= 0 && (a[i].number + a[i + 2].number > (double)n['n'] || a[i + 1].number + a[i + 2].number > (double)n['m'])) {
     PyErr_Format(PyExc_ValueError, "%s: rows %zu of src to row %zu of dst do not fit (%zu and %zu rows)", op->name,
-                 (size_t)a[i + 1].number, (size_t)a[i].number, n['m'], n['n']);
+                 (size_t)a[i + 1].integer, (size_t)a[i].integer, n['m'], n['n']);
     return -1;
   }
-  if (kind >= 0 && a[kind].given && a[kind].number > 1) {
+  if (kind >= 0 && a[kind].integer > 1) {
     PyErr_Format(PyExc_ValueError, "%s: argument 'kind' must be 0 (forward) or 1 (reverse)", op->name);
     return -1;
   }
+  int silu = find_param(op, "silu");
+  if (silu >= 0 && a[silu].integer > 1) {
+    PyErr_Format(PyExc_ValueError, "%s: argument 'silu' must be 0 or 1", op->name);
+    return -1;
+  }
   int step = find_param(op, "step");
-  if (step >= 0 && a[step].number < 1) {
+  if (step >= 0 && !a[step].integer) {
     PyErr_Format(PyExc_ValueError, "%s: argument 'step' counts from 1, got 0", op->name);
     return -1;
   }

@@ -1,7 +1,8 @@
 /* optable.h - the op table. module.c includes it twice, to define the thunks and then the table.
  *
  * ROW(name, spec, rules, ring, documentation, the one line that unpacks arguments into the prototype)
- * r f i32 mat num ring: argument as real *, float *, int32_t *, Matrix, number with its default, Ring (three in a row).
+ * r f i32 mat num whole ring: argument as real *, float *, int32_t *, Matrix, number or integer with its default, Ring (three in
+ * a row).
  * spec: `name` + marks + `:letters`, arguments in the order of the call, outputs behind `->`.
  *   types    none: real, given as float32   %: float32   @: int32   #: matrix, float32 or uint16 (the bits of bf16)
  *   marks    ! written in place   ? optional   :1 a scalar
@@ -45,20 +46,20 @@ ROW(attention_forward, "q:bthp k:btgp v:btgp kcache!?:slgp vcache!?:slgp window@
     "Causal GQA attention over the tokens on each token's path through prev and, with caches, those before pos.\n"
     "window: 0 (none) or how many of the last tokens are seen; scale: default p^-1/2. lse = log sum exp of the scores.",
     attention_forward(r(11), f(12), r(3), r(4), r(0), r(1), r(2), rows, num(6, 1 / sqrt((double)n['p'])),
-                           (size_t)num(5, 0), n['b'], n['t'], n['h'], n['g'], n['p'], n['l']))
+                           whole(5, 0), n['b'], n['t'], n['h'], n['g'], n['p'], n['l']))
 ROW(attention_backward,
     "do:bthp q:bthp k:btgp v:btgp o:bthp lse%:bht window@?:1 scale%?:1 prev@?:bt -> dq:bthp dk:btgp dv:btgp", "h%g", 0,
     "Gradients of attention_forward without caches; o and lse are its outputs (Dao 2023).",
     attention_backward(r(9), r(10), r(11), r(0), r(1), r(2), r(3), r(4), f(5), rows, num(7, 1 / sqrt((double)n['p'])),
-        (size_t)num(6, 0), n['b'], n['t'], n['h'], n['g'], n['p']))
+        whole(6, 0), n['b'], n['t'], n['h'], n['g'], n['p']))
 ROW(conv1d_forward, "x:btx w%:dw bias%?:d cache!?:slx silu@?:1 block@?:1 " STATEFUL " -> y:btd", "d%x w>0", 0,
     "Causal depthwise convolution along prev, then SiLU (silu, default 1). d > x: blocks of `block` channels are repeated.",
-    conv1d_forward(r(10), r(3), r(0), f(1), f(2), rows, (int)num(4, 1), n['b'], n['t'], n['x'], n['d'],
-                        (size_t)num(5, 1), n['w'], n['l']))
+    conv1d_forward(r(10), r(3), r(0), f(1), f(2), rows, (int)whole(4, 1), n['b'], n['t'], n['x'], n['d'],
+                        whole(5, 1), n['w'], n['l']))
 ROW(conv1d_backward, "dy:btd x:btx w%:dw bias%?:d dw%!?:dw dbias%!?:d silu@?:1 block@?:1 prev@?:bt -> dx:btx", "d%x w>0", 0,
     "Gradients of conv1d_forward without a cache: dx =, dw +=, dbias +=.",
-    conv1d_backward(r(9), f(4), f(5), r(0), r(1), f(2), f(3), rows, (int)num(6, 1), n['b'], n['t'], n['x'], n['d'],
-                         (size_t)num(7, 1), n['w']))
+    conv1d_backward(r(9), f(4), f(5), r(0), r(1), f(2), f(3), rows, (int)whole(6, 1), n['b'], n['t'], n['x'], n['d'],
+                         whole(7, 1), n['w']))
 ROW(selective_scan_forward, SCAN_ARGS "state%!?:sdn ring_x!?:srd ring_dt%!?:srd ring_B!?:srjn " RECURRENT " -> y:btd",
     "d=k*n k%j", SCAN_RING,
     "Mamba-1: S = exp(softplus(dt + dt_bias) A) S + softplus(dt + dt_bias) B x, y = (C S + D x) silu(z), A = -exp(A_log)\n"
@@ -87,16 +88,16 @@ ROW(ssd_backward,
 ROW(lm_loss_forward, LOSS_ARGS "-> ce%:m kl%:m", "v>0", 0,
     "Cross-entropy of target and KL to the teacher's softmax(th tw^T / temperature), both fused with lm_head.\n"
     "kind 0: KL(teacher || student), 1: reverse; includes temperature^2. Rows of weight 0 (default: target < 0) are skipped.",
-    lm_loss_forward(f(9), f(10), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)num(8, 0), n['m'], n['c'],
+    lm_loss_forward(f(9), f(10), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0), n['m'], n['c'],
                          n['v'], n['k']))
 ROW(lm_loss_backward, LOSS_ARGS "dw%!?:vc -> ce%:m kl%:m dh:mc", "v>0", 0,
     "lm_loss_forward and the gradient of sum wce ce + wkl kl: dh =, dw +=.",
-    lm_loss_backward(f(10), f(11), r(12), f(9), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)num(8, 0),
+    lm_loss_backward(f(10), f(11), r(12), f(9), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0),
                           n['m'], n['c'], n['v'], n['k']))
 ROW(adamw, "w%!:n m%!:n v%!:n grad%:n lr%:1 b1%:1 b2%:1 eps%:1 decay%:1 step@:1 gscale%?:1 ->", "", 0,
     "AdamW with decoupled decay (Loshchilov & Hutter 2019); gradients are multiplied by gscale (default 1) first.",
     adamw(f(0), NULL, f(1), f(2), f(3), FLOAT32, num(4, 0), num(5, 0), num(6, 0), num(7, 0), num(8, 0), num(10, 1),
-               (size_t)num(9, 1), n['n']))
+               whole(9, 1), n['n']))
 ROW(sample, "logits%:bv temperature%:b top_k@:b top_p%:b min_p%:b u%:b -> token@:b", "v>0", 0,
     "Temperature, top-k, top-p, min-p, then the inverse CDF at u in [0,1). temperature 0: the first largest logit.",
     sample(i32(6), f(0), f(1), i32(2), f(3), f(4), f(5), n['b'], n['v']))
@@ -110,4 +111,4 @@ ROW(uniform, "index@:b position@:b use@:b seed@:1 -> u%:b", "", 0,
     uniform(f(4), i32(0), i32(1), i32(2), a[3].integer, n['b']))
 ROW(transfer, "dst#!:nk src#:mk to@:1 from@:1 count@:1 ->", "", 0,
     "Row copies from attention to Mamba: dst[to:to+count] = src[from:from+count], byte-exact for equal dtypes.",
-    copy_rows(a[0].data, a[0].type, (size_t)num(2, 0), mat(1), (size_t)num(3, 0), (size_t)num(4, 0), n['k']))
+    copy_rows(a[0].data, a[0].type, whole(2, 0), mat(1), whole(3, 0), whole(4, 0), n['k']))

@@ -244,7 +244,9 @@ def test_refuses_sizes_that_break_a_rule(backend, op, change, word):
     ("lm_loss_backward", dict(kind=2), ("kind",)), ("lm_loss_forward", dict(temperature=0.0), ("temperature",)),
     ("adamw", dict(step=0), ("step",)), ("transfer", dict(to=2), ("rows",)), ("transfer", {"from": 3}, ("rows",)),
     ("transfer", dict(count=10**15), ("rows",)), ("conv1d_forward", dict(block=3), ("block",)),
-    ("conv1d_forward", dict(block=0), ("block",)), ("conv1d_backward", dict(block=2**40), ("block",))])
+    ("conv1d_forward", dict(block=0), ("block",)), ("conv1d_backward", dict(block=2**40), ("block",)),
+    ("conv1d_forward", dict(block=2**64 - 1), ("block",)), ("conv1d_backward", dict(block=2**63), ("block",)),
+    ("conv1d_forward", dict(silu=2), ("silu",)), ("conv1d_backward", dict(silu=2**64 - 1), ("silu",))])
 def test_refuses_arguments_that_do_not_go_together(backend, op, change, words):
     refused(backend, op, valid(backend, op) | change, *words)
 
@@ -254,7 +256,8 @@ def test_refuses_arguments_that_do_not_go_together(backend, op, change, words):
     (dict(pos=5, committed=5, seen=6), "the checkpoint is ahead of what is committed"),
     (dict(pos=5, committed=6, seen=5), "the call starts before what is committed"),
     (dict(pos=35, committed=5, seen=5), "more than 32 tokens pending"),
-    (dict(pos=90, committed=90, seen=0), "the ring does not reach back to the checkpoint")])
+    (dict(pos=90, committed=90, seen=0), "the ring does not reach back to the checkpoint"),
+    (dict(pos=61, committed=32, seen=0), "nor does it with the pending tokens")])
 def test_refuses_cursors_that_cannot_be(backend, op, cursors, why):
     args = valid(backend, op)
     state = args["state"].copy()
