@@ -213,8 +213,8 @@ int state_init(State *s, const Model *m) {
     MIXER[m->kind[l]].caches(m, l, s->capacity, s->layer[l]);
     for (int i = 0; i < MOST_CACHES && s->layer[l][i].row_bytes; i++) {
       Cache *c = &s->layer[l][i];
-      size_t bytes = s->slots * c->rows * c->row_bytes;
-      if (!(c->data = device_alloc(bytes))) return -1;
+      size_t bytes;
+      if (__builtin_mul_overflow(s->slots, c->rows * c->row_bytes, &bytes) || !(c->data = device_alloc(bytes))) return -1;
       device_zero(c->data, bytes);
     }
   }

@@ -280,7 +280,7 @@ static PyObject *model_set_moments(PyObject *self, PyObject *args) {
   if ((value[2] == Py_None) != (p->type == FLOAT32))
     return PyErr_Format(PyExc_ValueError, "%U: master weights go with bf16 matrices, and only with them", name);
   for (int i = 0; i < 3; i++)
-    if (value[i] != Py_None && !fits(p, value[i], name, 0)) return NULL;
+    if ((i < 2 || value[i] != Py_None) && !fits(p, value[i], name, 0)) return NULL;
   if (param_moments(p)) return finish(1);
   float *to[] = {p->m, p->v, p->master};
   for (int i = 0; i < 3; i++)
@@ -586,8 +586,10 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   PyObject *model;
   Py_ssize_t slots, capacity;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!nn", names, model_type, &model, &slots, &capacity)) return NULL;
-  if (slots < 1 || capacity < 1 || slots > 1 << 20 || capacity > 1 << 30)
-    return PyErr_Format(PyExc_ValueError, "a State needs a positive batch and capacity, got %zd and %zd", slots, capacity);
+  const int most[] = {1 << 20, 1 << 30};
+  if (slots < 1 || capacity < 1 || slots > most[0] || capacity > most[1])
+    return PyErr_Format(PyExc_ValueError, "a State needs a batch from 1 to %d and a capacity from 1 to %d, got %zd and %zd", most[0], most[1], slots,
+                        capacity);
   StateObject *self = (StateObject *)type->tp_alloc(type, 0);
   if (!self) return NULL;
   self->model = (ModelObject *)Py_NewRef(model);
@@ -714,7 +716,10 @@ static PyObject *state_restore(PyObject *self, PyObject *list) {
       long high[] = {(long)s->capacity, PENDING, (long)s->capacity};
       good = (counter[n] = ints(PyList_GET_ITEM(list, (Py_ssize_t)k++), "state", s->slots, 0, high[n])) != NULL;
     }
-    for (i = 0; i < s->slots && good; i++) good = counter[2][i] <= counter[0][i] && counter[0][i] - counter[2][i] <= PENDING;
+    for (i = 0; i < s->slots && good; i++) { /* of pos + pending tokens, the ring holds those behind seen */
+      long pos = counter[0][i], pending = counter[1][i], seen = counter[2][i];
+      good = seen <= pos && pos - seen + pending <= PENDING && (size_t)(pos + pending) <= s->capacity;
+    }
   }
   if (!good) {
     PyErr_Clear();

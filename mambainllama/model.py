@@ -10,7 +10,10 @@ KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0}
 
 
 def _int32(values, name):
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(f"argument {name!r} must be an array of integers, and its rows differ in length") from None
     if array.dtype.kind not in "iub" and array.size:
         raise ValueError(f"argument {name!r} must hold integers, got {array.dtype}")
     if array.size and (array.max() > 2**31 - 1 or array.min() < -2**31):
@@ -25,6 +28,17 @@ def _rows(value, name, count):
     if np.shape(value) not in ((), (count,)):
         raise ValueError(f"argument {name!r} must be an integer or have {count} entries, got shape {np.shape(value)}")
     return _int32(np.broadcast_to(value, (count,)), name)
+
+
+def _prev(value, shape):
+    """None, or an int32 array of `shape`; a row is meant for the whole batch."""
+    if value is None:
+        return None
+    array = _int32(value, "prev")
+    try:
+        return np.ascontiguousarray(np.broadcast_to(array, shape))
+    except ValueError:
+        raise ValueError(f"argument 'prev' must have the shape of ids {shape}, got {array.shape}") from None
 
 
 class Model:
@@ -144,7 +158,7 @@ class Model:
         keep, slot = _rows(keep, "keep", batch), _rows(slot, "slot", batch)
         if extend and keep is None:
             keep = np.zeros(batch, np.int32)
-        prev = None if prev is None else np.ascontiguousarray(np.broadcast_to(_int32(prev, "prev"), ids.shape))
+        prev = _prev(prev, ids.shape)
         if state is not None and not isinstance(state, State):
             raise ValueError(f"argument 'state' must be a State, got {type(state).__name__}")
         if last is not None and (not isinstance(last, (int, np.integer)) or not 0 <= last <= length):
@@ -164,6 +178,7 @@ class Model:
         ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
         if ids.ndim != 2 or targets.shape != ids.shape:
             raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
+        prev = _prev(prev, ids.shape)
         if kind not in KL_KINDS:
             raise ValueError(f"kind is {kind!r}, expected 'forward', 'reverse' or 'paper'")
         if not temperature > 0 or not np.isfinite([ce, kl, temperature]).all():
@@ -175,8 +190,6 @@ class Model:
                 raise ValueError(f"student and teacher must be on one backend, got {self.module.__name__} and {teacher.module.__name__}")
             teacher._set_rope(ids.shape[1])
         self._set_rope(ids.shape[1])
-        if prev is not None:
-            prev = np.ascontiguousarray(np.broadcast_to(_int32(prev, "prev"), ids.shape))
         mask = (targets >= 0).astype(np.float32)
         tokens = int(mask.sum())
         count = max(tokens, 1)

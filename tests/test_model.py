@@ -206,6 +206,31 @@ def test_state_copy_save_load_reset(tmp_path):
             target.load(tmp_path / "state.npz")
 
 
+@pytest.mark.parametrize("name", ["mamba1 hybrid", "mamba2 hybrid", "transformer"])
+def test_cursors_that_no_state_has_are_not_loaded(name, tmp_path):
+    """The ring holds 32 tokens behind the checkpoint's, pending ones included, and no token stands beyond the capacity."""
+    model = build(name)
+    state = mil.State(model, 1, 64)
+    good = [(0, 0, 0), (32, 0, 0), (40, 20, 28), (64, 0, 32), (32, 32, 32)]
+    bad = [(32, 1, 0), (31, 32, 0), (40, 20, 27), (33, 0, 0), (5, 0, 6), (64, 1, 64), (33, 32, 33), (65, 0, 65)]
+    for cursors in good + bad:
+        arrays = state.c.dump()[:-3] + [np.array([value], np.int32) for value in cursors]
+        np.savez(tmp_path / "state.npz", *arrays)
+        if cursors in bad:
+            with pytest.raises(ValueError, match="does not fit"):
+                state.load(tmp_path / "state.npz")
+        else:
+            state.load(tmp_path / "state.npz")
+            assert (state.pos[0], state.pending[0]) == cursors[:2]
+
+
+def test_a_state_larger_than_memory_addresses():
+    """2^64 bytes a cache: a product that wraps to 0 would give an empty buffer."""
+    model = mil.random(BASE | {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 512})
+    with pytest.raises(MemoryError, match="out of memory"):
+        mil.State(model, 1 << 20, 1 << 30)
+
+
 @pytest.mark.parametrize("call,sentence", [
     (lambda m, s: m.logits([[61]]), "ids"),
     (lambda m, s: m.logits([[-1]]), "ids"),
@@ -235,7 +260,13 @@ def test_state_copy_save_load_reset(tmp_path):
     (lambda m, s: m.grad("model.norm.weight"), "gradient"),
     (lambda m, s: m.step(1e-3), "gradients"),
     (lambda m, s: m.trainable(["*nothing*"]), "pattern"),
-    (lambda m, s: mil.State(m, 0, 5), "positive"),
+    (lambda m, s: mil.State(m, 0, 5), "batch from 1 to 1048576"),
+    (lambda m, s: mil.State(m, 1, 2**30 + 1), "capacity from 1 to 1073741824"),
+    (lambda m, s: m.c.set_moments("model.norm.weight", None, np.zeros(24, np.float32), None), "model.norm.weight: expected"),
+    (lambda m, s: m.set_moments("model.norm.weight", np.zeros(24, np.float32), None), "model.norm.weight: expected"),
+    (lambda m, s: m.logits([[1, 2]], prev=[[-2, 0, 1]]), r"'prev' must have the shape of ids \(1, 2\), got \(1, 3\)"),
+    (lambda m, s: m.logits([[1, 2], [3, 4]], prev=[[-2, 0], [-2]]), "'prev' must be an array .* differ in length"),
+    (lambda m, s: m.loss([[1, 2]], [[1, 2]], prev=[[[-2, 0]], [[-2, 0]]]), "'prev' must have the shape"),
 ])
 def test_bad_input_is_a_sentence(call, sentence):
     model = mil.random(HYBRIDS["mamba2 hybrid"])
