@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import architecture, mamba_config, read_folder, show
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, stop_tokens
 from .weights import Weights, open_weights, replacing, write_weights
 
 __all__ = ["Weights", "open_weights", "write_weights", "training_names", "shapes", "load", "save"]
@@ -150,13 +150,13 @@ def load(folder, device="cpu", dtype=None):
     if dtype is None:
         matrices = [name for name in tensors if name.endswith(".weight") and tensors[name].ndim == 2]
         dtype = "bfloat16" if all(tensors.dtype(name) == "BF16" for name in matrices) else "float32"
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer, stops = Tokenizer.from_folder(folder), stop_tokens(folder)
     model = Model(config, mamba, device=device, dtype=dtype)
     for name in model.names:
         if name in tensors:  # not a tied lm_head
             array = tensors[name].astype(np.float32) if tensors.dtype(name) == "F16" else tensors[name]
             model.set(name, np.require(array, requirements=["C", "ALIGNED"]))
-    model.folder, model.tokenizer = str(folder), tokenizer
+    model.folder, model.tokenizer, model.stop_tokens = os.path.abspath(folder), tokenizer, stops
     return model
 
 

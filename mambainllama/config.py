@@ -24,6 +24,11 @@ _SHORT.maxstring = 120
 show = _SHORT.repr  # repr that cuts long values: what a file holds goes into messages
 
 
+def said(error):
+    """What an exception says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_file(path):
     """The bytes of a regular file. ValueError: unreadable, a pipe or a folder, larger than a file of settings can be."""
     try:
@@ -91,7 +96,7 @@ def architecture(config, mamba=None, mixer=None):
     config, mamba: the dicts of config.json and mamba_config.json. mixer: "mamba1" or "mamba2" where mamba_config.json does not
     say ("mixers", else `ngroups` in ssm_cfg: Mamba-2, else Mamba-1). ValueError, one sentence, for what is missing, of the
     wrong type, contradictory or not supported."""
-    for name, value in (("config.json", config), ("mamba_config.json", mamba)):
+    for name, value in (("config.json", config), ('mamba_config.json (in a dict of both, "mamba")', mamba)):
         if not isinstance(value, dict) and (value is not None or name == "config.json"):
             raise ValueError(f"{name} must be a dict, not {show(value)}")
     if mixer not in (None, *MIXERS):
@@ -147,6 +152,20 @@ def mamba_config(config, kinds, mamba=None):
         out["mixers"] = list(kinds)
     defaults = {"attn_rope": "hf", "dt_bias_twice": True, "norm_eps": 1e-5}
     return out | {key: mamba[key] for key, value in defaults.items() if mamba and mamba.get(key, value) != value}
+
+
+def stop_ids(settings, where="config.json"):
+    """eos_token_id, the id or ids that end an answer, as a list; [] where it is missing or null. ValueError: something else."""
+    ids = settings.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"{where}: eos_token_id is {show(ids)}, expected a token id or a list of them")
+    return ids
+
+
+def initializer_range(config):
+    """The standard deviation of fresh matrices."""
+    return _number(config, "initializer_range", 0.02)
 
 
 def is_dynamic(config, mamba=None):

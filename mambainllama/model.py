@@ -4,7 +4,7 @@ import fnmatch
 import numpy as np
 
 from . import backend
-from .config import architecture, is_dynamic, mamba_config, rope
+from .config import architecture, initializer_range, is_dynamic, mamba_config, rope, stop_ids
 
 KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0}
 
@@ -47,16 +47,18 @@ class Model:
     config: config.json's dict.  mamba: mamba_config.json's dict, None for a Transformer.
     dtype: "float32" | "bfloat16" of the matrices; everything else is float32.
     Made by load, random and convert; parameters are zero until set.  Raises ValueError for what config.py refuses.
+    folder: where it was loaded from, None otherwise.  stop_tokens: ids that end an answer, read once when the model is made.
     """
 
     def __init__(self, config, mamba=None, device="cpu", dtype="float32"):
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
-        self.config, self.device, self.dtype = dict(config), device, dtype
-        self._mamba_config = mamba and dict(mamba)
         self.module = backend.module(device, dtype)
         self.c = self.module.Model(architecture(config, mamba), dtype)
+        self.config, self.device, self.dtype = dict(config), device, dtype
+        self._mamba_config = mamba and dict(mamba)
         self.folder = self.tokenizer = None
+        self.stop_tokens = []
         self._names = None
         self._rope_length = None
 
@@ -254,7 +256,8 @@ def random(config, seed=0, device="cpu", dtype=None):
     them. dtype: default float32. ValueError for what the architecture refuses.
     """
     config = dict(config)
-    model = Model(config, config.pop("mamba", None), device, dtype or "float32")
-    model.config = config
-    model.c.randomize(int(seed) & (2**64 - 1), float(config.get("initializer_range", 0.02)))
+    mamba, std, stops = config.pop("mamba", None), initializer_range(config), stop_ids(config)
+    model = Model(config, mamba, device, dtype or "float32")
+    model.stop_tokens = stops
+    model.c.randomize(int(seed) & (2**64 - 1), std)
     return model

@@ -14,23 +14,20 @@ import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .config import read_file, read_json, show
+from .config import read_file, read_json, said, show, stop_ids
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "additional_special_tokens")
 MARKS = "generation_marks"  # the template variable that holds what to put before and after an answer
 
 
 def stop_tokens(folder):
-    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json, an int or a list; [] without.
-    ValueError: something else stands there."""
+    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json; [] without.
+    ValueError: a file that cannot be read, or something else stands there."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int and i >= 0 for i in ids):
-                raise ValueError(f"{path}: eos_token_id is {show(ids)}, expected a token id or a list of them")
-            return ids
+        settings = read_json(path) if path.exists() else {}
+        if settings.get("eos_token_id") is not None:
+            return stop_ids(settings, path)
     return []
 
 
@@ -38,7 +35,7 @@ class Tokenizer:
     """The tokenizer and chat template of a model folder. ValueError: no tokenizer.json, or files that cannot be read."""
 
     def __init__(self, folder):
-        self.folder = str(folder)
+        self.folder = os.path.abspath(folder)
         path = Path(folder) / "tokenizer.json"
         if not path.exists():
             raise ValueError(f"{folder} has no tokenizer.json")
@@ -93,7 +90,7 @@ class Tokenizer:
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{self.folder}: the chat template has an error in line {error.lineno}: {error.message}") from None
         except Exception as error:  # whatever the template's own operations raise
-            raise ValueError(f"{self.folder}: the chat template refuses these messages: {error}") from None
+            raise ValueError(f"{self.folder}: the chat template refuses these messages: {said(error)}") from None
 
     def encode_chat(self, messages, add_generation_prompt=True, **kwargs):
         """Token ids of the rendered chat; the template writes the special tokens, none are added."""
@@ -178,7 +175,7 @@ def _refusing(sentence):
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise ValueError(f"{sentence}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{sentence}: {said(error)}") from None
 
 
 def _chat_settings(folder):

@@ -550,6 +550,17 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
         save(model, tmp_path / "file" / "folder")
 
 
+@pytest.mark.parametrize("content, match", [("{", "not JSON"), ("[]", "an object"), ('{"eos_token_id": "x"}', "eos_token_id"),
+                                            ('{"eos_token_id": [2, -1]}', "eos_token_id")])
+def test_a_broken_generation_config_is_refused(tmp_path, content, match):
+    folder = copy("llama3", tmp_path)
+    (folder / "generation_config.json").write_text(content)
+    assert "generation_config.json" in refused(match, load, folder)
+    (folder / "generation_config.json").unlink()
+    edit(folder, eos_token_id={"a": 1})
+    assert "config.json" in refused("eos_token_id", load, folder)
+
+
 def test_folders_that_cannot_be_loaded(tmp_path):
     refused("not a folder", load, tmp_path / "absent")
     refused("no config.json", load, tmp_path)

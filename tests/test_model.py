@@ -276,6 +276,16 @@ def test_bad_input_is_a_sentence(call, sentence):
     assert state.pos.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("changes, key", [
+    *(({"initializer_range": value}, "initializer_range") for value in (10**400, "x", float("nan"), -0.1, [1])),
+    ({"mamba": 3}, '"mamba"'), ({"eos_token_id": {"a": 1}}, "eos_token_id")])
+def test_a_bad_config_of_random_weights_names_the_key(changes, key):
+    with pytest.raises(ValueError, match=key) as error:
+        mil.random(BASE | changes)
+    assert "\n" not in str(error.value)
+    assert mil.random(BASE | {"initializer_range": None}).get("lm_head.weight").std() == pytest.approx(0.02, rel=0.1)  # null: the default
+
+
 def test_freeze_mask_and_copy_on_write():
     teacher = build("transformer")
     student = mil.convert(teacher, [1, 2], seed=3)

@@ -216,7 +216,8 @@ def test_where_templates_come_from(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("template, match", [
     (LLAMA2, "roles must alternate"), ("{% for %}", "error in line 1"), ("{% generation %}", "error in line"),
-    ("{{ messages[9].content }}", "refuses"),
+    ("{{ messages[9].content }}", "refuses"), ("{{ raise_exception('') }}", "refuses these messages: TemplateError"),
+    ("{{ raise_exception('a\\nb') }}", "a b"),
     ("{{ 1 / 0 }}", "refuses"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"), ("{{ messages.append(1) }}", "refuses"),
     ("{% for i in range(10**9) %}{% endfor %}", "refuses"), (3, "chat_template"), ({"a": 1}, "chat_template"),
 ])
