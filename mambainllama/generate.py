@@ -17,8 +17,7 @@ from time import perf_counter
 
 import numpy as np
 
-from .model import State
-from .tokenizer import stop_tokens as folder_stop_tokens
+from .model import Model, State
 
 CHUNK = 2048  # tokens of one prefill call
 MAX_LOOKAHEAD = 15  # last token + lookahead <= 16 tokens, the calls in which a row's bits are its own (FEW in ops.h)
@@ -70,7 +69,7 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
                     likeliest (0: all), the smallest set of mass top_p, those of at least min_p times the largest.
     seed            of the uniforms; a sampled row depends on it, on its prompt and on its place in `prompts`, not on the others
     stop            a string or a list of them: generation ends where one has appeared, `.text` ends before it
-    stop_tokens     ids that end a row; None: those of the model's folder or config, []: none
+    stop_tokens     ids that end a row; None: the model's own, model.stop_tokens, []: none
     draft           a model of the same vocabulary and any kind of layers that proposes `lookahead` (0 to 15) tokens a round
     callback        called as callback(index, token, text) for each of a row's tokens, `text` being what became certain with
                     it ("" or whole characters, never part of a stop string), and once as callback(index, None, rest) when
@@ -101,6 +100,8 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
         raise ValueError(f"generate: seed must be an integer from 0 to 2**53 - 1, not {seed!r}")
     if batch is not None and not (isinstance(batch, (int, np.integer)) and batch >= 1):
         raise ValueError(f"generate: batch must be None or 1 or more rows, not {batch!r}")
+    if callback is not None and not callable(callback):
+        raise ValueError(f"generate: callback must be None or a function of (index, token, text), not {callback!r}")
 
     rows = [_Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback) for i, ids in enumerate(prompts)]
     waiting = deque(row for row in rows if not row.finished)
@@ -190,14 +191,19 @@ class _Row:
         self.out.tokens.append(token)
         if self.likeliest is not None:
             self.out.logprobs.append(log_probabilities(logits, token, self.likeliest))
-        self.held += self.stream.push(token) if self.stream else ""
-        found = [(self.held.index(s) + len(s), self.held.index(s)) for s in self.stops if s in self.held]
-        if found:  # the one that is complete first
-            self._emit(token, min(found)[1])
-            self.held, self.stream = "", None
+        if self._stops(self.stream.push(token) if self.stream else ""):
+            self._emit(token, len(self.held))
             return self._finish("stop")
         self._emit(token, len(self.held) - _overlap(self.held, self.stops))
         return self._finish("length") if self.room == 0 else False
+
+    def _stops(self, text):
+        """Holds `text` too; -> whether that completes a stop string: then only what is before it is held, and no text follows."""
+        self.held += text
+        found = [(self.held.index(s) + len(s), self.held.index(s)) for s in self.stops if s in self.held]
+        if found:  # the one that is complete first
+            self.held, self.stream = self.held[:min(found)[1]], None
+        return bool(found)
 
     def _emit(self, token, n):
         """The first n characters of what is held are certain."""
@@ -207,7 +213,8 @@ class _Row:
             self.callback(self.index, token, text)
 
     def _finish(self, why):
-        self.held += self.stream.flush() if self.stream else ""
+        if self._stops(self.stream.flush() if self.stream else ""):
+            why = "stop"
         self._emit(None, len(self.held))
         self.out.finish, self.finished = why, True
         return True
@@ -276,8 +283,16 @@ def _each(name, value, n, dtype, valid, range_):
     return np.ascontiguousarray(np.broadcast_to(exact, n))
 
 
+def _list(value):
+    """The items of a list, set or array; what is none of these as the only item."""
+    try:
+        return [value] if isinstance(value, str) else list(value)
+    except TypeError:
+        return [value]
+
+
 def _stop_strings(model, stop):
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    stops = [] if stop is None else _list(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"generate: stop must be a non-empty string or a list of these, not {stop!r}")
     if stops and model.tokenizer is None:
@@ -286,10 +301,7 @@ def _stop_strings(model, stop):
 
 
 def _stop_ids(model, stop_tokens):
-    if stop_tokens is None:
-        own = folder_stop_tokens(model.folder) if model.folder else model.config.get("eos_token_id")
-        return frozenset([own] if isinstance(own, int) else own or [])
-    ids = [stop_tokens] if isinstance(stop_tokens, (int, np.integer)) else list(stop_tokens)
+    ids = model.stop_tokens if stop_tokens is None else _list(stop_tokens)
     if not all(isinstance(t, (int, np.integer)) for t in ids):
         raise ValueError(f"generate: stop_tokens must be token ids, not {stop_tokens!r}")
     return frozenset(int(t) for t in ids)
@@ -300,6 +312,8 @@ def _lookahead(model, draft, lookahead):
         raise ValueError(f"generate: lookahead must be 0 to {MAX_LOOKAHEAD} tokens, not {lookahead!r}")
     if draft is None:
         return 0
+    if not isinstance(draft, Model):
+        raise ValueError(f"generate: draft must be None or a model, not {draft!r}")
     ours, theirs = model.config["vocab_size"], draft.config["vocab_size"]
     if ours != theirs:
         raise ValueError(f"generate: the draft model has a vocabulary of {theirs} tokens, the model one of {ours}")

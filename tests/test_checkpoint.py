@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from mambainllama.checkpoint import load, open_weights, save, shapes, training_names, write_weights
 from mambainllama.config import architecture, is_dynamic, mamba_config, read_folder, rope
+from mambainllama.generate import generate
+from mambainllama.tokenizer import stop_tokens
 from mambainllama.weights import replacing
 
 DATA = Path(__file__).parent / "data"
@@ -548,6 +550,20 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot make the folder"):
         save(model, tmp_path / "file" / "folder")
+
+
+def test_a_loaded_model_needs_its_folder_no_more(tmp_path, monkeypatch):
+    copy("llama3", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = load("llama3")
+    before = generate(model, [1, 2], max_new_tokens=4)
+    assert model.stop_tokens == stop_tokens("llama3") != []
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    save(model, "new")  # the tokenizer's files are found from here too
+    assert (tmp_path / "else" / "new" / "tokenizer.json").exists()
+    shutil.rmtree(tmp_path / "llama3")
+    assert [row.tokens for row in generate(model, [1, 2], max_new_tokens=4)] == [row.tokens for row in before]
 
 
 @pytest.mark.parametrize("content, match", [("{", "not JSON"), ("[]", "an object"), ('{"eos_token_id": "x"}', "eos_token_id"),

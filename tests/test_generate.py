@@ -253,6 +253,15 @@ def test_exact_stop_strings(spoken, monkeypatch, text, stops, want):
     assert all("\ufffd" not in p for p in pieces)
 
 
+def test_a_stop_string_that_the_end_completes(spoken, monkeypatch):
+    """Half a character becomes text only when nothing can follow it."""
+    says(monkeypatch, spoken, "größe 日")
+    n, pieces = len(spoken.tokenizer.encode("größe 日")) - 1, []
+    out = mil.generate(spoken, [5], max_new_tokens=n, stop=["e \ufffd"], stop_tokens=[], callback=lambda i, t, s: pieces.append((t, s)))[0]
+    assert out.text == "größ" == "".join(s for _, s in pieces) and out.finish == "stop"
+    assert len(out.tokens) == n and [t for t, _ in pieces] == [*out.tokens, None]
+
+
 def test_logprobs(models, drafts):
     model = models["hybrid1"]
     for draft in (None, drafts["transformer"]):
@@ -310,6 +319,10 @@ def test_a_long_prompt_is_prefilled_in_parts(models):
     (dict(lookahead=16), "lookahead"),
     (dict(stop=["x"]), "stop strings need a tokenizer"),
     (dict(stop_tokens=["x"]), "stop_tokens"),
+    (dict(stop_tokens=1.5), "stop_tokens"),
+    (dict(stop=3), "stop must be"),
+    (dict(draft="x"), "draft must be"),
+    (dict(callback=3), "callback must be"),
     (dict(logprobs=-1), "logprobs"),
     (dict(seed=-1), "seed"),
     (dict(batch=0), "batch"),
