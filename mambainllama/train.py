@@ -24,10 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint
+from .config import said
 from .convert import convert_layers
 from .data import Batches, read
 from .recipe import DEFAULTS, load_recipe
-from .weights import replacing
+from .weights import replacing, writing
 
 
 def distill(student, teacher, data, recipe, out=None, progress=None):
@@ -230,17 +231,22 @@ def _fingerprint(model, recipe=None):
     return f"{crc:08x}"
 
 
+class _Other(ValueError):
+    """The folder's run or its student is another: no damage."""
+
+
 class Folder:
     """A run's folder. identity: what the run's numbers depend on, by name; a run goes on only with the same.
 
-    checkpoint.npz is replaced whole or not at all. It holds run.json (identity, status, layer kinds, module, threads) and, as arrays,
-    weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that have moments or are Mamba's, and m/, v/, master/NAME."""
+    checkpoint.npz is replaced whole or not at all. It holds run.json (identity, status, layer kinds, module, threads, the arrays' names)
+    and, as arrays, weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that have moments or are Mamba's, and m/, v/,
+    master/NAME."""
 
     def __init__(self, path, identity):
         self.path, self.identity = Path(path), json.loads(json.dumps(identity))
         self.metrics, self.checkpoint = self.path / "metrics.jsonl", self.path / "checkpoint.npz"
         self.model, self.report = self.path / "model", self.path / "report.json"
-        with _writing(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def restore(self, model, recipe):
@@ -253,10 +259,12 @@ class Folder:
                 with np.load(self.checkpoint) as file:
                     run = json.loads(file["run.json"])
                     self._same(run, model)
-                    _restore(model, run["layer_kinds"], recipe, file)
+                    _restore(model, run, recipe, file)
                     status = run["status"]
-            except (zipfile.BadZipFile, KeyError, EOFError, zlib.error, json.JSONDecodeError) as error:
-                raise ValueError(f"{self.checkpoint} is damaged ({error}); without it the run begins again") from None
+            except (_Other, Warning):
+                raise
+            except Exception as error:  # whatever zipfile, zlib, NumPy's header parser … raise for a damaged file
+                raise ValueError(f"{self.checkpoint} is damaged ({said(error)}); without it the run begins again") from None
         step = status["step"] if status else 0
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         with replacing(self.metrics) as file:
@@ -269,7 +277,7 @@ class Folder:
             if was != now:
                 shown = key == "stages" or key in DEFAULTS and key != "eval_data"
                 what = f"began with {key} {was!r}, not {now!r}" if shown else f"began with another {key}"
-                raise ValueError(f"{self.path} holds a run that {what}; go on with the same, or name another folder")
+                raise _Other(f"{self.path} holds a run that {what}; go on with the same, or name another folder")
         for key, now in _machine(model).items():
             if run["machine"][key] != now:
                 warnings.warn(f"{self.path}: the checkpoint is of {key} {run['machine'][key]} and this is {now}: the run goes on, "
@@ -278,19 +286,20 @@ class Folder:
     def save(self, model, status):
         """Writes the checkpoint. OSError: it could not be written; the one before is intact."""
         moments = model.moments()
-        run = {"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "machine": _machine(model)}
+        kept = [name for name in model.names if name in moments or ".mamba." in name]
+        optimiser = {f"{part}/{name}": array for name, arrays in moments.items() for part, array in zip(("m", "v", "master"), arrays)
+                     if array is not None}
+        run = {"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "machine": _machine(model),
+               "arrays": [*(f"weight/{name}" for name in kept), *optimiser]}
         with replacing(self.checkpoint) as file, zipfile.ZipFile(file, "w") as archive:
             archive.writestr("run.json", json.dumps(run))
-            for name in model.names:
-                if name in moments or ".mamba." in name:
-                    _put(archive, f"weight/{name}", model.raw(name))
-            for name, arrays in moments.items():
-                for part, array in zip(("m", "v", "master"), arrays):
-                    if array is not None:
-                        _put(archive, f"{part}/{name}", array)
+            for name in kept:
+                _put(archive, f"weight/{name}", model.raw(name))
+            for key, array in optimiser.items():
+                _put(archive, key, array)
 
     def record(self, record):
-        with _writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+        with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def finish(self, model, report):
@@ -318,11 +327,14 @@ def _put(archive, key, array):
         np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
 
-def _restore(model, kinds, recipe, file):
+def _restore(model, run, recipe, file):
     """The checkpoint's layer kinds, weights and moments."""
-    have = model.layer_kinds
+    odd = sorted({*file.files} ^ {"run.json", *run["arrays"]})
+    if odd:
+        raise ValueError(f"the array {odd[0]} is missing or should not be there")
+    have, kinds = model.layer_kinds, run["layer_kinds"]
     if len(have) != len(kinds) or any(a not in ("attention", b) for a, b in zip(have, kinds)):
-        raise ValueError(f"the student's layers are {have}, and the checkpoint's {kinds}: go on with the student that the run began with")
+        raise _Other(f"the student's layers are {have}, and the checkpoint's {kinds}: go on with the student that the run began with")
     for kind in set(kinds) - {"attention"}:
         fresh = [i for i, (a, b) in enumerate(zip(have, kinds)) if a != b == kind]
         if fresh:
@@ -333,21 +345,12 @@ def _restore(model, kinds, recipe, file):
         if part == "weight":
             array = file[key]
             if name not in model.names or array.dtype != model.raw(name).dtype or array.shape != model.raw(name).shape:
-                raise ValueError(f"the checkpoint's {name} is {array.dtype} {array.shape}, and the student has no such parameter")
+                raise _Other(f"the checkpoint's {name} is {array.dtype} {array.shape}, and the student has no such parameter")
             model.set(name, array)
     for key in file.files:
         part, _, name = key.partition("/")
         if part == "m":
             model.set_moments(name, file[key], file[f"v/{name}"], file[f"master/{name}"] if f"master/{name}" in file else None)
-
-
-@contextmanager
-def _writing(path):
-    """An OSError of the block becomes one that says which path could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager

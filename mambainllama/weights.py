@@ -148,12 +148,23 @@ def _read_safetensors(path):
 
 
 @contextmanager
+def writing(path):
+    """An OSError of the block becomes one sentence that says which path could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a file within the block, which has its sentence
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
 def replacing(path):
     """A binary file that becomes `path` when the block ends: written under a temporary name beside it, on disk (fsync) before it
-    is renamed. An error leaves the old file whole and no temporary one; an OSError says which path in one sentence."""
+    is renamed. An error leaves the old file whole and no temporary one; an OSError is that of writing."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path):
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -164,10 +175,6 @@ def replacing(path):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        if error.errno is None:  # a file within the block, which has its sentence
-            raise
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _sync_folder(folder):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager
 
 import numpy as np
@@ -349,6 +350,40 @@ def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"checkpoint\.npz is damaged"):
         distill(tmp_path)
+
+
+def rewritten(path, change):
+    """The zip at path again, its members {name: bytes} as change leaves them: sound by all checksums."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+NORM = "model.norm.weight.npy"
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda m: m.pop("v/" + NORM), "the array v/model.norm.weight is missing"),
+    (lambda m: m.update({"n/" + NORM: m.pop("m/" + NORM)}), "the array m/model.norm.weight is missing"),
+    (lambda m: [m.pop(part + NORM) for part in ("weight/", "m/", "v/")], "the array m/model.norm.weight is missing"),
+    (lambda m: m.update({"weight/more.npy": m["weight/" + NORM]}), "the array weight/more"),
+    (lambda m: m.update({"m/" + NORM: m["m/model.embed_tokens.weight.npy"]}), "shape"),
+    (lambda m: m.update({"v/" + NORM: m["v/" + NORM][:100]}), r"checkpoint\.npz is damaged"),
+    (lambda m: m.update({"v/" + NORM: b"\x93NUMPY\x01\x00\x06\x00{'a':\n"}), "multi-line"),
+    (lambda m: m.update({"run.json": b"[]"}), "is damaged"),
+    (lambda m: m.update({"run.json": b"\xff"}), "is damaged"),
+])
+def test_a_checkpoint_of_other_members_is_damaged(tmp_path, monkeypatch, change, says):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5, stop)
+        distill(tmp_path)
+    rewritten(tmp_path / "checkpoint.npz", change)
+    with pytest.raises(ValueError, match=says) as error:
+        distill(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/checkpoint.npz is damaged (") and "\n" not in str(error.value)
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------------------
