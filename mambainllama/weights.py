@@ -33,6 +33,7 @@ STORAGES = {
 REBUILD, PARAMETER, DICT = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"
 HEADER_BYTES = 100_000_000  # the largest header and the largest pickle that are read: the safetensors crate's limit
 MOST_DIMS = 32              # of a tensor, NumPy's limit
+MOST_OPCODES = 1 << 18      # of a pickle: a tensor takes some 40
 
 
 class Weights(Mapping):
@@ -336,8 +337,10 @@ class _Pickle:
     def load(self, pickle):
         stack, memo = self.stack, self.memo
         try:
-            for op, arg, _ in pickletools.genops(pickle):
+            for i, (op, arg, _) in enumerate(pickletools.genops(pickle)):
                 name = op.name
+                if i >= MOST_OPCODES:
+                    raise ValueError(f"{self.path}: data.pkl has more than {MOST_OPCODES} opcodes, expected a dict of tensors")
                 if name == "STOP":
                     return stack.pop()
                 if name in _IGNORED:

@@ -423,7 +423,7 @@ HOSTILE_PICKLES = [
     (torch_pickle(strides=(1 << 61,)), "within"),
     (torch_pickle(numel=5), "too short"), (torch_pickle(numel=-1), "too short"), (torch_pickle(numel=1 << 62), "too short"),
     (torch_pickle(key="1"), "missing"), (torch_pickle(key="../../x"), "missing"), (torch_pickle(kind="HalfStorage", numel=9), "too short"),
-    (DEEP, "keys"), (b"", "damaged"), (b".", "damaged"), (b"\x80\x02]q\x00h\x00a.", "list"), (b"}(K\x01K\x02u.", "keys"), (b"N.", "None"),
+    (DEEP, "keys"), (b"\x80\x02)" + b"\x85" * (1 << 18) + b".", "more than 262144 opcodes"), (b"", "damaged"), (b".", "damaged"), (b"\x80\x02]q\x00h\x00a.", "list"), (b"}(K\x01K\x02u.", "keys"), (b"N.", "None"),
     (b"}r\xff\xff\xff\x7f.", "no tensors"), (b"\x80\x04\x8d" + b"\xff" * 8, "damaged"), (b"\x8e" + b"\xff" * 7 + b"\x0f.", "damaged"),
     (b"\x96" + b"\xff" * 7 + b"\x0f.", "damaged"), (b"h\x05.", "damaged"), (b"t.", "damaged"), (b"R.", "damaged"),
     (b"I" + b"9" * 9999 + b"\n.", "damaged"), (b"}X\x01\x00\x00\x00aK\x01s.", "not a tensor"),
