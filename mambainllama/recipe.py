@@ -33,6 +33,8 @@ DEFAULTS = {
     "init": "attention",      # of converted layers: "attention" | "random"
 }
 
+MOST = 2**31 - 1  # tokens of a micro-batch
+
 
 def load_recipe(recipe, **defaults):
     """The checked recipe as a new dict: every key of DEFAULTS, and `stages` (a list of {"mamba_layers", "steps", "mixer",
@@ -46,6 +48,8 @@ def load_recipe(recipe, **defaults):
         raise ValueError(f"{where}: give either steps or stages{', not both' if 'steps' in recipe else ''}")
     given = {**DEFAULTS, **defaults, **{key: recipe[key] for key in recipe if key in DEFAULTS}}
     checked = {key: _check(where, key, value) for key, value in given.items()}
+    if checked["batch"] * checked["length"] > MOST:
+        raise ValueError(f"{where}: batch * length must be at most {MOST} tokens, not {checked['batch']} * {checked['length']}")
     if checked["kl"] == 0 and checked["ce"] == 0:
         raise ValueError(f"{where}: kl and ce are both 0, so there is nothing to learn")
     stages = recipe.get("stages", [{"steps": recipe.get("steps")}])
@@ -117,11 +121,11 @@ def _need(condition):
         raise ValueError
 
 
-def _integer(low):
+def _integer(low, high=2**63 - 1):
     def convert(value):
-        _need(isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value < 2**63)
+        _need(isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high)
         return int(value)
-    return convert, f"an integer from {low} up"
+    return convert, f"an integer from {low} {'up' if high == 2**63 - 1 else f'to {high}'}"
 
 
 def _number(low, high=math.inf, open_low=False, open_high=False):
@@ -174,7 +178,7 @@ def _data(value):
 
 
 RULES = {  # key: (what converts a value or raises, what it must be)
-    "length": _integer(1), "batch": _integer(1), "accumulate": _integer(1), "lr": _number(0), "warmup": _number(0, 1),
+    "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": _number(0, 1),
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
     "weight_decay": _number(0), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "paper"),

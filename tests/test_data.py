@@ -153,6 +153,8 @@ def test_recipe_files_and_defaults(tmp_path):
     ({"stages": [{"steps": 1, "mamba_layer": [1]}]}, "stages\\[0\\]: unknown key 'mamba_layer'; did you mean 'mamba_layers'"),
     ({"steps": 5, "stages": []}, "not both"), ({"stages": []}, "at least one"), ({"stages": [5]}, "stages\\[0\\]"),
     ({"stages": [{"mamba_layers": [0]}]}, "steps is missing"), ({"steps": 0}, "steps must be an integer from 1 up, not 0"),
+    ({"steps": 5, "batch": 10**12}, "batch must be an integer from 1 to 1048576"), ({"steps": 5, "accumulate": 10**12}, "accumulate"),
+    ({"steps": 5, "length": 10**12, "batch": 1}, "batch \\* length must be at most 2147483647 tokens, not 1 \\* 1000000000000"),
     ({"steps": True}, "not True"), ({"steps": 2.0}, "not 2.0"), ({"steps": 5, "lr": -1}, "lr must be a number from 0 up"),
     ({"steps": 5, "lr": float("nan")}, "not nan"), ({"steps": 5, "lr": "fast"}, "'fast'"), ({"steps": 5, "betas": [0.9, 1]}, "below 1"),
     ({"steps": 5, "betas": 0.9}, "two numbers"), ({"steps": 5, "warmup": 1.1}, "from 0 up to 1"), ({"steps": 5, "clip": 0}, "null or"),
