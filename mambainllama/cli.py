@@ -7,11 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+from .config import said
+
 
 def main(argv=None):
     """Runs one command; -> the exit code."""
-    parser = _parser()
     try:
+        parser = _parser()
         args, rest = parser.parse_known_args(argv)
         if any(word.startswith("-") for word in rest) or rest and "prompts" not in args:
             parser.error("unrecognized arguments: " + " ".join(rest))
@@ -29,7 +31,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        print("mambainllama: " + (" ".join(str(e).split()) or type(e).__name__), file=sys.stderr)
+        print("mambainllama: " + said(e), file=sys.stderr)
         return 2
 
 
@@ -47,24 +49,28 @@ def _parser():
         p = commands.add_parser(name, help=help_, description=help_, epilog="examples:\n" + example,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run)
-        p.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: cpu)")
         return p
 
-    def dtype(p):
+    def device(p):
+        p.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: cpu)")
+
+    def device_and_dtype(p):
+        device(p)
         p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrices (default: as stored)")
 
     p = command("demo", _demo, "Train a small teacher, convert, distil and measure it; write a report.", """\
   mambainllama demo
   mambainllama demo --out /tmp/demo --seed 1""")
-    p.add_argument("--out", default="demo", help="folder for models, metrics and the report (default: demo)")
+    device(p)
+    p.add_argument("--out", type=_folder, default="demo", help="folder for models, metrics and the report (default: demo)")
     p.add_argument("--seed", type=int, default=0)
 
     p = command("convert", _convert, "Replace attention layers by Mamba mixers that start as the attention's own.", """\
   mambainllama convert Llama-3.2-1B-Instruct hybrid --attention 0.5
   mambainllama convert teacher hybrid --mamba-layers 0,2,4 --mixer mamba1 --init random""")
-    dtype(p)
+    device_and_dtype(p)
     p.add_argument("teacher", help="folder of the teacher")
-    p.add_argument("out", help="folder to write")
+    p.add_argument("out", type=_folder, help="folder to write")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--attention", type=float, metavar="SHARE", help="share of layers to keep: 0.5, 0.25, 0.125 or 0")
     which.add_argument("--mamba-layers", type=_numbers, metavar="I,J,...", help="the layers to replace, from 0")
@@ -80,7 +86,7 @@ def _parser():
     p.add_argument("data", help="JSONL rows of messages or text")
     p.add_argument("--student", help="folder made by `convert` (default: the teacher itself; the recipe's stages convert it)")
     _training(p)
-    dtype(p)
+    device_and_dtype(p)
 
     p = command("train", _train, "Train with the plain next-token loss; started again with the same --out, it goes on.", """\
   mambainllama train hybrid chats.jsonl --out run --set steps=1000
@@ -89,7 +95,7 @@ def _parser():
     p.add_argument("data", help="JSONL rows of messages or text")
     p.add_argument("--tokenizer", metavar="FOLDER", help="for a config.json: the folder whose tokenizer the model takes")
     _training(p)
-    dtype(p)
+    device_and_dtype(p)
 
     p = command("generate", _generate, "Continue prompts.", """\
   mambainllama generate hybrid "The capital of France is"
@@ -106,7 +112,7 @@ def _parser():
     p.add_argument("--json", action="store_true", help="one JSON object a prompt: text, tokens, finish")
     p.add_argument("--batch", type=int, metavar="N", help="prompts decoded side by side (default: 32)")
     _sampling(p, 64, 0.0)
-    dtype(p)
+    device_and_dtype(p)
 
     p = command("chat", _chat, "Talk to a model; Ctrl-D or /quit ends, /new starts again.", """\
   mambainllama chat hybrid
@@ -114,19 +120,18 @@ def _parser():
     p.add_argument("model", help="folder with a chat template")
     p.add_argument("--system", help="system message")
     _sampling(p, 512, 0.7)
-    dtype(p)
+    device_and_dtype(p)
 
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid
   mambainllama info hybrid --json""")
     p.add_argument("folder")
     p.add_argument("--json", action="store_true", help="as one JSON object")
-    dtype(p)
     return top
 
 
 def _training(p):
-    p.add_argument("--out", required=True, help="folder for checkpoints, metrics and the finished model")
+    p.add_argument("--out", type=_folder, required=True, help="folder for checkpoints, metrics and the finished model")
     p.add_argument("--recipe", metavar="FILE", help="YAML or JSON")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe; repeatable")
 
@@ -150,9 +155,15 @@ def _numbers(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers such as 0,2,4") from None
 
 
+def _folder(text):
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder to write to")
+    return text
+
+
 def _load(folder, args):
     import mambainllama as mil
-    return mil.load(folder, device=args.device, dtype=getattr(args, "dtype", None))
+    return mil.load(folder, device=args.device, dtype=args.dtype)
 
 
 def _options(args):
@@ -230,7 +241,7 @@ def _generate(args):
     import mambainllama as mil
     if args.file and args.prompts:
         raise ValueError("give prompts as arguments or in --file, not both")
-    prompts = args.prompts or (Path(args.file).read_text().splitlines() if args.file else [sys.stdin.read().rstrip("\n")])
+    prompts = args.prompts or (_lines(args.file) if args.file else [sys.stdin.read().rstrip("\n")])
     if args.chat:
         prompts = [[{"role": "user", "content": p}] for p in prompts]
     elif args.ids:
@@ -247,6 +258,16 @@ def _generate(args):
             head = f"--- {i} ({row.finish})\n" if len(out) > 1 else ""
             print(head + (row.text if model.tokenizer else " ".join(map(str, row.tokens))))
     _note(_speed(out.stats))
+
+
+def _lines(file):
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not lines:
+        raise ValueError(f"--file {file} is empty: there is no prompt")
+    return lines
 
 
 def _ids(text):

@@ -3,12 +3,13 @@ import base64
 import html
 import io
 import json
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from . import tasks
+from . import backend, tasks
 from .checkpoint import load, save
 from .config import architecture
 from .convert import convert, kept_attention
@@ -17,6 +18,7 @@ from .info import memory
 from .model import random
 from .tokenizer import Tokenizer
 from .train import distill, train
+from .weights import writing
 
 SIZES = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
@@ -34,6 +36,10 @@ def demo(out="demo", device="cpu", seed=0, teacher_steps=None, steps=STEPS):
     Writes out/teacher, out/<student>/ (runs with their models in Hugging Face layout and metrics), out/results.json and
     out/report.html. Called again, finished parts are not computed again. seed: of data, weights and order."""
     out, began = Path(out), time.perf_counter()
+    backend.module(device)  # this and the next lines: what would fail after minutes of work
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     data, held_out = tasks.rows(8000, seed + 1), tasks.rows(200, seed + 1_000_003)
     print(f"1/4  teacher: a Llama of {SIZES['num_hidden_layers']} layers learns {', '.join(tasks.TASKS)}")
     teacher = _teacher(out, data, seed, device, teacher_steps or TEACHER["steps"])

@@ -60,6 +60,7 @@ def test_help_lists_the_commands(capsys):
     ["distill", "x", "y", "--out", "z", "--recipe", "/nowhere.yaml"], ["chat", "/nowhere"], ["info", "/etc", "--device", "tpu"],
     ["generate", "x", "--top", "1"], ["generate", "x", "--nonsense", "1"], ["info", "x", "y"],
     ["generate", "x", "a", "--file", "b"], ["generate", "x", "--ids", "a"], ["generate", "x", "--file", "/nowhere"],
+    ["demo", "--out", os.devnull], ["demo", "--out", "/proc/demo"],
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, args):
     code, out, err = run(capsys, *args)
@@ -73,6 +74,22 @@ def test_the_sentence_names_the_culprit(capsys, teacher, chats, args, says):
     command = ["distill", teacher, chats, "--out", "/tmp/never"] if args[0] == "--set" else ["generate", teacher, "x"]
     code, _, err = run(capsys, *command, *args)
     assert code == 2 and says in err
+
+
+@pytest.mark.parametrize("args, says", [
+    (["generate", "x", "--file", "/etc"], "--file /etc cannot be read: Is a directory"), (["info", "x", "--dtype", "float32"], "--dtype"),
+    (["convert", "x", "", "--attention", "0.5"], "no folder to write to"), (["train", "x", "y", "--out", ""], "no folder to write to"),
+])
+def test_refused_before_a_model_is_looked_for(capsys, args, says):
+    code, _, err = run(capsys, *args)
+    assert code == 2 and says in err
+
+
+@pytest.mark.parametrize("content, says", [(b"", "there is no prompt"), (b"a\nb\xff", "utf-8")])
+def test_a_file_without_prompts_is_named(capsys, tmp_path, content, says):
+    (tmp_path / "prompts").write_bytes(content)
+    code, _, err = run(capsys, "generate", "/nowhere", "--file", tmp_path / "prompts")
+    assert code == 2 and f"--file {tmp_path}/prompts" in err and says in err
 
 
 def test_generate(capsys, teacher):
@@ -155,6 +172,21 @@ def test_interrupt_is_130_and_a_reader_that_leaves_is_no_error(teacher):
         process.stdout.close()
         err = process.stderr.read()
         assert process.wait(60) == 0 and "Traceback" not in err
+
+
+def test_ctrl_c_at_the_start(capsys, monkeypatch):
+    def press():
+        raise KeyboardInterrupt
+    monkeypatch.setattr("mambainllama.cli._parser", press)
+    assert run(capsys, "--help") == (130, "", "mambainllama: interrupted\n")
+
+
+def test_the_demo_without_its_device_leaves_no_folder(capsys, monkeypatch, tmp_path):
+    def missing(device, dtype=None):
+        raise ValueError(f"device {device!r} needs the extension module _cuda, which is not here")
+    monkeypatch.setattr("mambainllama.backend.module", missing)
+    code, out, err = run(capsys, "demo", "--device", "cuda", "--out", tmp_path / "demo")
+    assert code == 2 and "'cuda'" in err and out == "" and not (tmp_path / "demo").exists()
 
 
 def test_demo_calls_the_demo(capsys, monkeypatch):
