@@ -1,7 +1,11 @@
 """Four small tasks with checkable answers, written as chats: what the demo trains on and measures.
 
-recall: letters with their numbers, then questions about some of them.  look-up: the same over names and cities, in sentences.
-copy: a string back.  arithmetic: sums of two numbers below 12; there are 144 of them, so they can be known by heart."""
+recall: letters with their numbers, then questions about some of them.  look-up: the same over names and cities.  copy: a string back.
+arithmetic: sums of two numbers below 12; there are 144 of them, so they can be known by heart.
+
+A small teacher learns copying and sums first, guesses among the values at hand for a thousand steps, and then learns within some hundred
+to find the right one. Meant to help: a value that follows its key at once, few facts, and questions drawn with replacement, so that
+leaving out what was answered already is no use."""
 import json
 from pathlib import Path
 
@@ -9,13 +13,14 @@ import numpy as np
 
 from .generate import generate
 
-LETTERS = list("abcdefghijklmnopqrstuvwxyz")
-NAMES = ["ann", "bob", "cid", "dora", "eve", "finn", "gus", "hal", "ida", "jon", "kim", "leo"]
-CITIES = ["rome", "oslo", "bonn", "lima", "kyiv", "doha", "bern", "cork", "pisa", "nice", "lyon", "brno"]
+LETTERS = list("abcdefghijklmnop")
+NAMES = ["ann", "bob", "cid", "dora", "eve", "finn", "gus", "hal"]
+CITIES = ["rome", "oslo", "bonn", "lima", "kyiv", "doha", "bern", "cork"]
 NUMBERS = [str(n) for n in range(24)]
-WORDS = ["recall", "copy", "where", "lives", "in", "is", "?", "|", "+", "=", "."]
+SIGNS = ["recall", "copy", "where", "is", "?", "|", "+", "=", "."]
 ROLES = ["<s>", "<|user|>", "<|assistant|>", "<|end|>", "<unk>"]
-VOCABULARY = ROLES + WORDS + LETTERS + NUMBERS + NAMES + CITIES
+WORDS = LETTERS + NUMBERS + NAMES + CITIES
+VOCABULARY = ROLES + SIGNS + WORDS
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] }} <|end|> {% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
@@ -44,43 +49,44 @@ def _chat(material, questions):
     return messages
 
 
-def recall(rng, turns):
-    n = int(rng.integers(3, 7))
-    keys, values = rng.permutation(LETTERS)[:n], rng.permutation(NUMBERS)[:n]
-    pairs = [f"{k} {v}" for k, v in zip(keys, values)]
-    asked = [rng.permutation(n)[:3] for _ in range(turns)]
-    return _chat(f"recall {' '.join(pairs)} |", [(" ".join(keys[which]), " ".join(pairs[i] for i in which)) for which in asked])
+def _facts(rng, keys, values):
+    """Two to five pairs, and the indices of three that are asked for, each drawn from all."""
+    n = int(rng.integers(2, 6))
+    return rng.permutation(keys)[:n], rng.permutation(values)[:n], rng.integers(0, n, 3)
 
 
-def lookup(rng, turns):
-    n = int(rng.integers(3, 6))
-    names, cities = rng.permutation(NAMES)[:n], rng.permutation(CITIES)[:n]
-    facts = [f"{name} in {city} ." for name, city in zip(names, cities)]
-    asked = [rng.permutation(n)[:2] for _ in range(turns)]
-    return _chat(" ".join(facts), [(f"where is {' . '.join(names[which])} ?", " ".join(facts[i] for i in which)) for which in asked])
+def recall(rng):
+    keys, values, asked = _facts(rng, LETTERS, NUMBERS)
+    return _chat(f"recall {' '.join(f'{k} {v}' for k, v in zip(keys, values))} |", [(f"{keys[i]} ?", f"{keys[i]} {values[i]}") for i in asked])
 
 
-def copying(rng, turns):
-    texts = [" ".join(rng.permutation(LETTERS)[:rng.integers(4, 9)]) for _ in range(max(1, turns // 2))]
+def lookup(rng):
+    names, cities, asked = _facts(rng, NAMES, CITIES)
+    facts = " ".join(f"{name} {city} ." for name, city in zip(names, cities))
+    return _chat(facts, [(f"where is {names[i]} ?", f"{names[i]} {cities[i]}") for i in asked])
+
+
+def copying(rng):
+    texts = [" ".join(rng.permutation(WORDS)[:rng.integers(4, 9)]) for _ in range(3)]
     return _chat("", [(f"copy {text}", text) for text in texts])
 
 
-def arithmetic(rng, turns):
-    return _chat("", [(f"{a} + {b} = ?", str(a + b)) for a, b in rng.integers(0, 12, (max(1, turns // 3), 2))])
+def arithmetic(rng):
+    return _chat("", [(f"{a} + {b} = ?", str(a + b)) for a, b in rng.integers(0, 12, (5, 2))])
 
 
 TASKS = {"recall": recall, "look-up": lookup, "copy": copying, "arithmetic": arithmetic}
 
 
-def rows(count, seed, turns=6):
-    """`count` chat rows {"messages", "task"} of about `turns` questions, the tasks in turn, the same for the same seed."""
+def rows(count, seed):
+    """`count` chat rows {"messages", "task"} of three to five questions, the tasks in turn, the same for the same seed."""
     rng, tasks = np.random.default_rng(seed), list(TASKS)
-    return [{"messages": TASKS[task](rng, turns), "task": task} for task in (tasks[i % len(tasks)] for i in range(count))]
+    return [{"messages": TASKS[task](rng), "task": task} for task in (tasks[i % len(tasks)] for i in range(count))]
 
 
 def exact_match(model, rows, draft=None, lookahead=4, batch=None):
     """Greedy answers to each row's first question: ({task: share answered exactly}, generate's output)."""
-    out = generate(model, [row["messages"][:1] for row in rows], max_new_tokens=12, draft=draft, lookahead=lookahead, batch=batch)
+    out = generate(model, [row["messages"][:1] for row in rows], max_new_tokens=10, draft=draft, lookahead=lookahead, batch=batch)
     right = {}
     for row, completion in zip(rows, out):
         right.setdefault(row["task"], []).append(completion.text.strip() == row["messages"][1]["content"])
