@@ -75,7 +75,8 @@ def _parser():
     which.add_argument("--attention", type=float, metavar="SHARE", help="share of layers to keep: 0.5, 0.25, 0.125 or 0")
     which.add_argument("--mamba-layers", type=_numbers, metavar="I,J,...", help="the layers to replace, from 0")
     p.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba2", help="(default: mamba2)")
-    p.add_argument("--init", choices=["attention", "random"], default="attention", help="(default: attention)")
+    p.add_argument("--init", choices=["attention", "identity", "random"], default="attention",
+                   help="attention: its projections; identity: these, and convolutions that pass their input on (default: attention)")
     p.add_argument("--seed", type=int, default=0)
 
     p = command("distill", _distill, "Distil a teacher into a hybrid; started again with the same --out, it goes on.", """\

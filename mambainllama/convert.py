@@ -6,6 +6,7 @@ import numpy as np
 from .config import architecture
 
 FRACTIONS = (0.5, 0.25, 0.125, 0)
+INITS = ("attention", "identity", "random")
 
 
 def kept_attention(layers, fraction):
@@ -27,14 +28,14 @@ def _layers(values, total):
 def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
     """Changes `student` in place: each of `layers`, attention now, becomes `mixer` ("mamba1" | "mamba2").
 
-    init "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "random": all of the mixer fresh. The same
-    seed gives the same bits. Norms and MLP stay. ValueError: not an attention layer, unknown mixer or init, Mamba-1 where
-    head_dim does not divide into blocks of 16.
+    init "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "identity": so too, but the convolution starts as
+    the identity and leaves what was copied in step, k with q; "random": all of the mixer fresh. The same seed gives the same bits.
+    Norms and MLP stay. ValueError: not an attention layer, unknown mixer or init, Mamba-1 where head_dim does not divide into blocks of 16.
     """
     if mixer not in ("mamba1", "mamba2"):
         raise ValueError(f"mixer is {mixer!r}, expected 'mamba1' or 'mamba2'")
-    if init not in ("attention", "random"):
-        raise ValueError(f"init is {init!r}, expected 'attention' or 'random'")
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}, expected one of {', '.join(map(repr, INITS))}")
     layers = _layers(layers, len(student.layer_kinds))
     for layer in layers:
         if student.layer_kinds[layer] != "attention":
@@ -43,8 +44,14 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
     if mixer == "mamba1" and layers and (width := sizes["kv_heads"] * sizes["head_dim"]) % 16:
         raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {width} must be a multiple of 16")
     for layer in layers:
-        student.c.convert(layer, mixer, init == "attention", int(seed) & (2**64 - 1))
+        student.c.convert(layer, mixer, init != "random", int(seed) & (2**64 - 1))
     student._names = None
+    for layer in layers if init == "identity" else ():
+        conv = f"model.layers.{layer}.mamba.conv1d"
+        weight = np.zeros(student.names[f"{conv}.weight"], np.float32)
+        weight[..., -1] = 1
+        student.set(f"{conv}.weight", weight)
+        student.set(f"{conv}.bias", np.zeros(len(weight), np.float32))
 
 
 def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None):

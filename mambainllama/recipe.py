@@ -9,6 +9,8 @@ import math
 import numbers
 import os
 
+from .convert import INITS
+
 DEFAULTS = {
     "length": 2048,           # tokens of a packed row
     "batch": 8,               # rows of a micro-batch
@@ -30,7 +32,7 @@ DEFAULTS = {
     "eval_every": 200,        # steps
     "eval_data": None,        # held-out rows: a path or a list of rows
     "mixer": None,            # "mamba1" | "mamba2" of converted layers; null: the student's kind, or mamba2
-    "init": "attention",      # of converted layers: "attention" | "random"
+    "init": "attention",      # of converted layers: "attention" | "identity" | "random", as convert_layers says
 }
 
 MOST = 2**31 - 1  # tokens of a micro-batch
@@ -184,6 +186,6 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "paper"),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path or a list of rows"),
-    "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice("attention", "random"), "steps": _integer(1),
+    "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
 }

@@ -303,6 +303,15 @@ def test_freeze_mask_and_copy_on_write():
     assert all(np.array_equal(teacher.raw(name), original[name]) for name in original)
 
 
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_identity_init_is_the_attention_init_with_convolutions_that_pass_on(mixer):
+    teacher = build("transformer")
+    a, b = (mil.convert(teacher, [1], mixer, init) for init in ("attention", "identity"))
+    assert [name for name in a.names if not np.array_equal(a.raw(name), b.raw(name))] == [name for name in a.names if "conv1d" in name]
+    weight = b.get("model.layers.1.mamba.conv1d.weight")
+    assert (weight[..., -1] == 1).all() and not weight[..., :-1].any() and not b.get("model.layers.1.mamba.conv1d.bias").any()
+
+
 def test_frozen_gradients_do_not_change_the_others():
     model, ids = build("mamba2 hybrid"), tokens(2, 40)
     model.loss(ids[:, :-1], ids[:, 1:], backward=True)
