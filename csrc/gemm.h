@@ -3,6 +3,7 @@
  * gemm: c[i*ldc + j] (= | add: +=) sum_k a[i*ra + k*ka] * b[k*ldb + j],  i < m, j < n, k < K.
  * a is read by broadcast (any strides), b and c by vectors along j. Every element sums over k in order, one accumulator.
  * gemm_scaled: the same, from scale[i*si] * c[i*ldc + j]; scale NULL: from 0, c is not read.
+ * gemm_ahead: gemm_scaled, which meanwhile fetches rows that the caller is to read next, one with each tile and the rest at last.
  * sum_lanes: LANES vectors' sums, lane i that of v[i]; transpose: dst[j*ldd + i] = src[i*lds + j]. */
 #ifndef MIL_GEMM_H
 #define MIL_GEMM_H
@@ -34,12 +35,14 @@ static inline float vec_sum(vec v) {
   return v[0];
 }
 
-/* Each round halves the vectors and what a lane still has to add; the order of addition is that of no row's place. */
-static inline vec sum_lanes(vec *v) {
-#pragma GCC unroll 4
-  for (int half = LANES / 2; half; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) v[i] = VEC_LOW(v[i], v[i + half]) + VEC_HIGH(v[i], v[i + half]);
+/* Rounds halve the vectors and what a lane still has to add; the order of addition is that of no row's place. Step q of LANES - 1
+ * (one loop, see gemm_tile) stands 2 half - 1 - q before its round's end. */
+static inline __attribute__((always_inline)) vec sum_lanes(vec *v) {
+#pragma GCC unroll 16
+  for (int q = LANES - 1; q; q--) {
+    const int half = 1 << (31 - __builtin_clz((unsigned)q)), i = 2 * half - 1 - q;
+    v[i] = VEC_LOW(v[i], v[i + half]) + VEC_HIGH(v[i], v[i + half]);
+  }
   return v[0];
 }
 
@@ -72,6 +75,22 @@ static __attribute__((noinline, unused)) void transpose(float *dst, size_t ldd, 
     for (size_t j = 0; j < cols; j++) dst[j * ldd + i] = src[i * lds + j];
 }
 
+/* What is to be in the second cache soon: `left` rows of `width` floats at each of four places. Fetching them in one go would stall:
+ * a core waits for some two dozen lines at a time. */
+typedef struct {
+  const float *at[4];
+  size_t width[4], step[4], left;
+} Ahead;
+
+static inline void fetch_row(Ahead *a) {
+  if (!a || !a->left) return;
+  a->left--;
+  for (int i = 0; i < 4; i++) {
+    for (size_t j = 0; j < a->width[i]; j += 16) __builtin_prefetch(a->at[i] + j, 0, 2);
+    a->at[i] += a->step[i];
+  }
+}
+
 /* One tile of R rows and U vectors; R, U are constants at every call so that the accumulators stay in registers: GCC takes
  * arrays apart after it has unrolled single loops, not nests. */
 static inline __attribute__((always_inline)) void gemm_tile(const int R, const int U, float *c, size_t ldc, const float *a,
@@ -96,9 +115,12 @@ static inline __attribute__((always_inline)) void gemm_tile(const int R, const i
 /* All rows of one column strip of U vectors. */
 static inline __attribute__((always_inline)) void gemm_strip(const int U, float *c, size_t ldc, const float *a, size_t ra,
                                                              size_t ka, const float *b, size_t ldb, size_t m, size_t K,
-                                                             const float *scale, size_t si) {
-#define GEMM_ROWS(R) \
-  for (; i + R <= m; i += R) gemm_tile(R, U, c + i * ldc, ldc, a + i * ra, ra, ka, b, ldb, K, scale ? scale + i * si : NULL, si)
+                                                             const float *scale, size_t si, Ahead *ahead) {
+#define GEMM_ROWS(R)                                                                                     \
+  for (; i + R <= m; i += R) {                                                                           \
+    fetch_row(ahead);                                                                                    \
+    gemm_tile(R, U, c + i * ldc, ldc, a + i * ra, ra, ka, b, ldb, K, scale ? scale + i * si : NULL, si); \
+  }
   size_t i = 0;
   GEMM_ROWS(TILE_ROWS);
   GEMM_ROWS(4);
@@ -107,19 +129,25 @@ static inline __attribute__((always_inline)) void gemm_strip(const int U, float 
 #undef GEMM_ROWS
 }
 
-static __attribute__((noinline, unused)) void gemm_scaled(float *c, size_t ldc, const float *scale, size_t si, const float *a,
-                                                          size_t ra, size_t ka, const float *b, size_t ldb, size_t m, size_t n,
-                                                          size_t K) {
+static __attribute__((noinline, unused)) void gemm_ahead(float *c, size_t ldc, const float *scale, size_t si, const float *a,
+                                                         size_t ra, size_t ka, const float *b, size_t ldb, size_t m, size_t n,
+                                                         size_t K, Ahead *ahead) {
   size_t j = 0;
   for (; j + TILE_VECS * LANES <= n; j += TILE_VECS * LANES)
-    gemm_strip(TILE_VECS, c + j, ldc, a, ra, ka, b + j, ldb, m, K, scale, si);
-  for (; j + LANES <= n; j += LANES) gemm_strip(1, c + j, ldc, a, ra, ka, b + j, ldb, m, K, scale, si);
+    gemm_strip(TILE_VECS, c + j, ldc, a, ra, ka, b + j, ldb, m, K, scale, si, ahead);
+  for (; j + LANES <= n; j += LANES) gemm_strip(1, c + j, ldc, a, ra, ka, b + j, ldb, m, K, scale, si, ahead);
   for (; j < n; j++)
     for (size_t i = 0; i < m; i++) {
       float s = scale ? scale[i * si] * c[i * ldc + j] : 0;
       for (size_t k = 0; k < K; k++) s += a[i * ra + k * ka] * b[k * ldb + j];
       c[i * ldc + j] = s;
     }
+  while (ahead && ahead->left) fetch_row(ahead);
+}
+
+static inline void gemm_scaled(float *c, size_t ldc, const float *scale, size_t si, const float *a, size_t ra, size_t ka,
+                               const float *b, size_t ldb, size_t m, size_t n, size_t K) {
+  gemm_ahead(c, ldc, scale, si, a, ra, ka, b, ldb, m, n, K, NULL);
 }
 
 static inline void gemm(float *c, size_t ldc, const float *a, size_t ra, size_t ka, const float *b, size_t ldb, size_t m,

@@ -160,13 +160,9 @@ static __attribute__((noinline)) void causal_dots(float *out, const float *a, si
     }
 }
 
-static void prefetch(const float *p, size_t n) {
-  for (size_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 2); /* to L2: S has use for L1 */
-}
-
-/* y of one chunk; S (N,P) NULL: zero. The rows of the `ahead` tokens after it lie far apart: fetched bit by bit meanwhile. */
+/* y of one chunk; S (N,P) NULL: zero. */
 static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, const real *Bm, const real *C, const float *S,
-                         float D, size_t n, size_t ahead) {
+                         float D, size_t n) {
   size_t ldx = s->G * s->P, ldB = s->G * s->N, ldC = s->H * s->N, ldy = s->H * s->P;
   float M[CHUNK * CHUNK];
   causal_dots(M, C, ldC, Bm, ldB, n, s->N);
@@ -174,27 +170,19 @@ static void chunk_output(const Ssd *s, const Decay *k, real *y, const real *x, c
     for (size_t i = 0; i < CHUNK; i++) M[t * CHUNK + i] *= k->L[t * CHUNK + i] * k->d[i];
     M[t * CHUNK + t] += D;
   }
-  ahead = min_(ahead, CHUNK);
   for (size_t t = 0; t < n; t += TILE_ROWS) {
     size_t m = min_(TILE_ROWS, n - t);
-    for (size_t i = t; i < min_(t + m, ahead); i++) {
-      prefetch(C + (n + i) * ldC, s->N);
-      prefetch(y + (n + i) * ldy, s->P);
-    }
     if (S) gemm(y + t * ldy, ldy, C + t * ldC, ldC, 1, S, s->P, m, s->P, s->N, 0);
-    for (size_t i = t; i < min_(t + m, ahead); i++) {
-      prefetch(x + (n + i) * ldx, s->P);
-      prefetch(Bm + (n + i) * ldB, s->N);
-    }
     gemm_scaled(y + t * ldy, ldy, S ? k->e + t : NULL, 1, M + t * CHUNK, CHUNK, 1, x, ldx, m, s->P, t + m); /* then zeros */
   }
 }
 
 /* S (N,P) = last S + sum_s w_s d_s B_s x_s^T; live 0: S counts as zero.   wx (CHUNK,P) */
-static void chunk_state(const Ssd *s, const Decay *k, float *S, int live, const real *x, const real *Bm, float *wx, size_t n) {
+static void chunk_state(const Ssd *s, const Decay *k, float *S, int live, const real *x, const real *Bm, float *wx, size_t n,
+                        Ahead *ahead) {
   for (size_t t = 0; t < n; t++)
     for (size_t p = 0; p < s->P; p++) wx[t * s->P + p] = k->w[t] * k->d[t] * x[t * s->G * s->P + p];
-  gemm_scaled(S, s->P, live ? &k->last : NULL, 0, Bm, 1, s->G * s->N, wx, s->P, s->N, s->P, n);
+  gemm_ahead(S, s->P, live ? &k->last : NULL, 0, Bm, 1, s->G * s->N, wx, s->P, s->N, s->P, n, ahead);
 }
 
 /* A head's tokens from the state's position on: those in the ring, then this call's. */
@@ -216,9 +204,15 @@ static void sequence(const Ssd *s, size_t b, size_t h, float *scratch) {
     if (old) load_ring(&k, s, row, h, n);
     else load_chunk(&k, s, b, h, t, n);
     decay(&k, A, n);
-    if (!old)
-      chunk_output(s, &k, s->y + (row * s->H + h) * P, x, Bm, s->C + (row * s->H + h) * N, live ? S : NULL, D, n, end - stop);
-    if (stop < end || (state && stop == p.checkpoint)) chunk_state(s, &k, S, live, x, Bm, wx, n);
+    Ahead next = {0};
+    if (!old) {
+      real *y = s->y + (row * s->H + h) * P;
+      const real *C = s->C + (row * s->H + h) * N;
+      chunk_output(s, &k, y, x, Bm, C, live ? S : NULL, D, n);
+      next = (Ahead){{C + n * s->H * N, Bm + n * s->G * N, x + n * s->G * P, y + n * s->H * P}, {N, N, P, P},
+                     {s->H * N, s->G * N, s->G * P, s->H * P}, min_(CHUNK, end - stop)};
+    }
+    if (stop < end || (state && stop == p.checkpoint)) chunk_state(s, &k, S, live, x, Bm, wx, n, &next);
     live = 1;
     if (state && stop == p.checkpoint) transpose(state, N, S, P, N, P);
   }
@@ -582,7 +576,7 @@ static void head_backward(Back *r, int first) {
     size_t kv = (r->b * s->T + r->t0) * s->G + r->g;
     float *S = r->states + (c + 1) * PN;
     memcpy(S, S - PN, PN * sizeof(float));
-    chunk_state(s, &r->k, S, 1, s->x + kv * P, s->Bm + kv * N, r->extra, r->n);
+    chunk_state(s, &r->k, S, 1, s->x + kv * P, s->Bm + kv * N, r->extra, r->n, NULL);
   }
   if (s->dstate) transpose(spare, P, s->dstate + head, N, P, N);
   for (size_t c = count; c-- > 0;) {
