@@ -26,6 +26,7 @@ typedef struct {
   size_t B, T, H, G, P, N;
   float *scratch, *partial;
   size_t each; /* floats of scratch a worker */
+  int apart;   /* few tokens, and none of the ring's entries that they read is where a new one goes */
 } Ssd;
 
 static size_t min_(size_t a, size_t b) { return a < b ? a : b; }
@@ -76,31 +77,33 @@ static void load_d_heads(float *d, const Ssd *s, size_t b, size_t h0, size_t t) 
   softplus_chunk(d);
 }
 
-/* Lane i*J + j: a[i] . b[j] over N, J = LANES / I. A dot's additions have one order, whatever I and its lane are. */
-static inline __attribute__((always_inline)) vec dot_block(const int I, const float *const *a, const float *const *b,
-                                                           size_t N) {
-  const int J = LANES / I;
-  vec acc[LANES];
-  size_t n = 0;
-#pragma GCC unroll 16
-  for (int q = 0; q < LANES; q++) acc[q] = (vec){0};
-  for (; n + LANES <= N; n += LANES) {
-#pragma GCC unroll 16
-    for (int q = 0; q < LANES; q++) acc[q] += vec_load(a[q / J] + n) * vec_load(b[q % J] + n);
+/* v[q] = row[q] * c summed over N's whole vectors, q < 4: rows one after the other, as they stand in memory. */
+static inline __attribute__((always_inline)) void dot_rows(vec *v, const float *const *row, const float *c, size_t N) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; q++) v[q] = (vec){0};
+  for (size_t n = 0; n + LANES <= N; n += LANES) {
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++) v[q] += vec_load(c + n) * vec_load(row[q] + n);
   }
-  vec sum = sum_lanes(acc);
-  for (; n < N; n++) {
-    float product[LANES];
-    for (int q = 0; q < LANES; q++) product[q] = a[q / J][n] * b[q % J][n];
-    sum += vec_load(product);
-  }
-  return sum;
 }
 
-/* out[r] = row[r] . c over N, r < m; out and row have room up to a multiple of LANES. */
+/* out[r] = row[r] . c over N, r < m; out and row have room up to a multiple of LANES. The additions of a dot have one order. */
 static __attribute__((noinline)) void dots(float *out, const float **row, size_t m, const float *c, size_t N) {
   for (size_t r = m; r % LANES; r++) row[r] = row[0];
-  for (size_t r = 0; r < m; r += LANES) vec_store(out + r, dot_block(1, &c, row + r, N));
+  for (size_t r = 0; r < m; r += LANES) {
+    vec v[LANES] = {0};
+    dot_rows(v, row + r, c, N);
+    if (LANES > 4 && m - r > 4) dot_rows(v + 4, row + r + 4, c, N);
+    if (LANES > 8 && m - r > 8) dot_rows(v + 8, row + r + 8, c, N);
+    if (LANES > 8 && m - r > 12) dot_rows(v + 12, row + r + 12, c, N);
+    vec sum = sum_lanes(v);
+    for (size_t n = N / LANES * LANES; n < N; n++) {
+      float product[LANES];
+      for (int q = 0; q < LANES; q++) product[q] = c[n] * row[r + q][n];
+      sum += vec_load(product);
+    }
+    vec_store(out + r, sum);
+  }
 }
 
 /* ---- chunks ------------------------------------------------------------------------------------------------------- */
@@ -144,6 +147,26 @@ static void decay(Decay *k, float A, size_t n) {
   k->last = k->e[n - 1];
 }
 
+/* Lane i*J + j: a[i] . b[j] over N, i < 4, j < J */
+static inline __attribute__((always_inline)) vec dot_block(const float *const *a, const float *const *b, size_t N) {
+  enum { J = LANES / 4 };
+  vec acc[LANES];
+  size_t n = 0;
+#pragma GCC unroll 16
+  for (int q = 0; q < LANES; q++) acc[q] = (vec){0};
+  for (; n + LANES <= N; n += LANES) {
+#pragma GCC unroll 16
+    for (int q = 0; q < LANES; q++) acc[q] += vec_load(a[q / J] + n) * vec_load(b[q % J] + n);
+  }
+  vec sum = sum_lanes(acc);
+  for (; n < N; n++) {
+    float product[LANES];
+    for (int q = 0; q < LANES; q++) product[q] = a[q / J][n] * b[q % J][n];
+    sum += vec_load(product);
+  }
+  return sum;
+}
+
 /* out[t,s] = a_t . b_s for s <= t < n, over K; above the diagonal finite or 0.   out (CHUNK,CHUNK) */
 static __attribute__((noinline)) void causal_dots(float *out, const float *a, size_t lda, const float *b, size_t ldb, size_t n,
                                                   size_t K) {
@@ -155,7 +178,7 @@ static __attribute__((noinline)) void causal_dots(float *out, const float *a, si
       float q[LANES];
       for (size_t i = 0; i < I; i++) at[i] = a + min_(t + i, n - 1) * lda;
       for (size_t j = 0; j < J; j++) bs[j] = b + min_(s + j, n - 1) * ldb;
-      vec_store(q, dot_block(I, at, bs, K));
+      vec_store(q, dot_block(at, bs, K));
       for (size_t i = 0; i < I; i++) memcpy(out + (t + i) * CHUNK + s, q + i * J, J * sizeof *q);
     }
 }
@@ -338,6 +361,20 @@ static void advance(Replay *r, float *S, int *at, int target) {
   *at = target;
 }
 
+/* U vectors of y at p: e inter + sum_j k_j x_j */
+static inline __attribute__((always_inline)) void weigh(const int U, float *y, float e, const float *inter, const float *k,
+                                                        const real *const *x, int n, size_t p) {
+  vec v[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < U; q++) v[q] = inter ? e * vec_load(inter + p + q * LANES) : (vec){0};
+  for (int j = 0; j < n; j++) {
+#pragma GCC unroll 4
+    for (int q = 0; q < U; q++) v[q] += k[j] * vec_load(x[j] + p + q * LANES);
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < U; q++) vec_store(y + p + q * LANES, v[q]);
+}
+
 /* y_t = e inter + sum_j w_j (C_t.B_j) x_j + D x_t over t's run; inter (P) = S C_t, or NULL. */
 static void replay_token(const Replay *r, size_t t, const float *inter) {
   const Ssd *s = r->s;
@@ -353,11 +390,8 @@ static void replay_token(const Replay *r, size_t t, const float *inter) {
   dots(k, Bm, (size_t)n, s->C + row * N, N);
   for (int j = 0; j < n; j++) k[j] *= r->w[t][j][r->h % CHUNK];
   if (s->Dskip) k[n - 1] += s->Dskip[r->h];
-  for (; p + LANES <= P; p += LANES) {
-    vec v = inter ? e * vec_load(inter + p) : (vec){0};
-    for (int j = 0; j < n; j++) v += k[j] * vec_load(x[j] + p);
-    vec_store(y + p, v);
-  }
+  for (; p + 4 * LANES <= P; p += 4 * LANES) weigh(4, y, e, inter, k, x, n, p);
+  for (; p + LANES <= P; p += LANES) weigh(1, y, e, inter, k, x, n, p);
   for (; p < P; p++) {
     float v = inter ? e * inter[p] : 0;
     for (int j = 0; j < n; j++) v += k[j] * x[j][p];
@@ -400,6 +434,33 @@ static void replay_head(Replay *r) {
   if (!s->ring.x && target >= 0) advance(r, r->checkpoint, &at, target);
 }
 
+/* Token t's new entry in the ring: what is head h's own, and its group's if it is the first there. */
+static void remember(const Ssd *s, const Span *p, size_t b, size_t h, size_t t, float d) {
+  size_t position = p->pos + t, rep = s->H / s->G, P = s->P, N = s->N;
+  size_t from = (b * s->T + t) * s->G + h / rep, to = p->slot * RING + position % RING;
+  if (position < p->checkpoint || position >= p->checkpoint + RING) return;
+  s->ring.dt[to * s->H + h] = starts(s, b, t) ? -d : d;
+  if (h % rep) return;
+  to = to * s->G + h / rep;
+  memcpy(s->ring.x + to * P, s->x + from * P, P * sizeof(real));
+  memcpy(s->ring.B + to * N, s->Bm + from * N, N * sizeof(real));
+}
+
+static void remember_range(void *arg, size_t begin, size_t end, size_t worker) {
+  const Ssd *s = arg;
+  float d[CHUNK];
+  (void)worker;
+  for (size_t i = begin; i < end; i++) {
+    size_t b = i / s->H, h = i % s->H, n;
+    Span p = span(s, b);
+    for (size_t t = p.checkpoint - min_(p.checkpoint, p.pos); t < s->T; t += n) {
+      n = min_(CHUNK, s->T - t);
+      load_d(d, s, b, h, t, n);
+      for (size_t j = 0; j < n; j++) remember(s, &p, b, h, t + j, d[j]);
+    }
+  }
+}
+
 static void replay_range(void *arg, size_t begin, size_t end, size_t worker) {
   const Ssd *s = arg;
   size_t PN = s->P * s->N;
@@ -416,25 +477,7 @@ static void replay_range(void *arg, size_t begin, size_t end, size_t worker) {
     if (i == begin || r.h % CHUNK == 0) load_heads(&r, r.h / CHUNK * CHUNK);
     r.checkpoint = s->state + (past.span.slot * s->H + r.h) * PN;
     replay_head(&r);
-  }
-}
-
-/* The ring's new entries, once every head has read the old ones. */
-static void remember_range(void *arg, size_t begin, size_t end, size_t worker) {
-  const Ssd *s = arg;
-  float d[CHUNK];
-  (void)worker;
-  for (size_t i = begin; i < end; i++) {
-    size_t b = i / s->T, t = i % s->T;
-    Span p = span(s, b);
-    size_t position = p.pos + t, to = p.slot * RING + position % RING;
-    if (position < p.checkpoint || position >= p.checkpoint + RING) continue;
-    memcpy(s->ring.x + to * s->G * s->P, s->x + i * s->G * s->P, s->G * s->P * sizeof(real));
-    memcpy(s->ring.B + to * s->G * s->N, s->Bm + i * s->G * s->N, s->G * s->N * sizeof(real));
-    for (size_t h = 0; h < s->H; h += CHUNK) {
-      load_d_heads(d, s, b, h, t);
-      for (size_t j = 0; j < min_(CHUNK, s->H - h); j++) s->ring.dt[to * s->H + h + j] = starts(s, b, t) ? -d[j] : d[j];
-    }
+    for (size_t t = 0; s->apart && t < s->T; t++) remember(s, &past.span, r.b, r.h, t, r.d[(size_t)past.ring + t][r.h % CHUNK]);
   }
 }
 
@@ -448,8 +491,13 @@ void ssd_forward(real *y, float *state, Ring ring, const real *x, const real *dt
   s.each = round_up(P * N) + CHUNK * (round_up(P) + round_up(N)) + PENDING * round_up(P);
   s.scratch = device_scratch(workers() * s.each * sizeof(float));
   if (!s.scratch) return;
+  s.apart = s.ring.x && T <= PENDING;
+  for (size_t b = 0; s.apart && b < B; b++) {
+    Span p = span(&s, b);
+    s.apart = p.pos + T - p.begin <= RING;
+  }
   parallel(state && T <= PENDING ? replay_range : sequence_range, &s, B * H, 4.0 * (double)(T * P * N));
-  if (s.ring.x) parallel(remember_range, &s, B * T, (double)(G * (P + N)));
+  if (s.ring.x && !s.apart) parallel(remember_range, &s, B * H, (double)(min_(T, RING) * (P + N))); /* once all have read */
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------------------- */
