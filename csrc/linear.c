@@ -85,6 +85,12 @@ static inline void load_pair(vec pair[2], const void *w, int type, size_t k) {
     pair[1] = (vec)(both & 0xffff0000u);
   }
 }
+/* Its lines, to the second cache: four rows of a page or two are more streams than the processor foresees. */
+static inline void fetch_pair(const void *w, int type, size_t k) {
+  const size_t size = type == FLOAT32 ? 4 : 2;
+  if (PAIR * size >= 64 || k * size % 64 == 0) __builtin_prefetch((const char *)w + k * size, 0, 2);
+  if (PAIR * size > 64) __builtin_prefetch((const char *)w + k * size + 64, 0, 2);
+}
 static inline float weight_at(const void *w, int type, size_t i) {
   return type == FLOAT32 ? ((const float *)w)[i] : bf16_to_float(((const uint16_t *)w)[i]);
 }
@@ -120,6 +126,7 @@ static inline __attribute__((always_inline)) void few_tile(const int R, const in
     for (int u = 0; u < U; u++) {
       vec pair[2];
       load_pair(pair, w[u], type, k);
+      if (U == 4 && m == 0) fetch_pair(row_of((Matrix){w[u], type}, U, K), type, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         acc[r][u] += vec_load(x + r * PAIR) * pair[0];
@@ -147,6 +154,8 @@ static inline __attribute__((always_inline)) void few_strip(const int U, const i
 }
 
 static inline __attribute__((always_inline)) void few_range(const int type, const Linear *l, size_t o, size_t end) {
+  if (l->M == 1) /* two outputs' accumulators would each wait for their last addition */
+    for (; o + 4 <= end; o += 4) few_tile(1, 4, type, l, 0, o);
   for (; o + OUTPUTS <= end; o += OUTPUTS) few_strip(OUTPUTS, type, l, o);
   for (; o < end; o++) few_strip(1, type, l, o);
 }
