@@ -105,7 +105,7 @@ static void parse_spec(Op *op) {
 
 static int find_param(const Op *op, const char *name) {
   for (int i = 0; i < op->params; i++)
-    if (!strcmp(op->param[i].name, name)) return i;
+    if (op->param[i].name[0] == *name && !strcmp(op->param[i].name, name)) return i;
   return -1;
 }
 
