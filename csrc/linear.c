@@ -205,25 +205,60 @@ static void many_by_row(void *arg, size_t m, size_t end, size_t worker) {
   many_rows(l, m, end, 0, l->O, l->scratch + worker * PANEL * l->K);
 }
 
-void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O) {
-  Linear l = {.y = y, .x = x, .w = w, .bias = bias, .add = add, .M = B * T, .K = K, .O = O};
+/* Floats of scratch that a product needs: x packed, or W widened. */
+static size_t product_room(size_t M, size_t T, size_t K) {
+  return T <= FEW ? M * whole_pairs(K) + LANES : workers() * PANEL * K;
+}
+
+static void product_forward(Linear l, size_t T) {
+  const size_t K = l.K, O = l.O, whole = whole_pairs(K);
   if (!l.M || !O) return;
   if (T <= FEW) {
-    const size_t whole = whole_pairs(K);
-    l.scratch = device_scratch(l.M * whole * sizeof(float) + 64);
-    if (!l.scratch) return;
-    for (size_t m = 0; m < l.M; m += ROWS) pack_rows(l.scratch + m * whole, x + m * K, w.type, min(ROWS, l.M - m), K);
+    for (size_t m = 0; m < l.M; m += ROWS) pack_rows(l.scratch + m * whole, l.x + m * K, l.w.type, min(ROWS, l.M - m), K);
     parallel(few_rows, &l, O, 2.0 * l.M * K);
     return;
   }
-  l.scratch = device_scratch(workers() * PANEL * K * sizeof(float));
-  if (!l.scratch) return;
   blas_begin();
-  if (O >= l.M || w.type == BFLOAT16)
+  if (O >= l.M || l.w.type == BFLOAT16)
     parallel(many_by_output, &l, O, 2.0 * l.M * K);
   else
     parallel(many_by_row, &l, l.M, 2.0 * O * K);
   blas_end();
+}
+
+void linears_forward(const Product *p, int n, const real *x, const float *norm, float eps, int add, size_t B, size_t T, size_t K) {
+  const size_t M = B * T, room = product_room(M, T, K);
+  float *scratch = device_scratch((room + (norm ? M * K : 0)) * sizeof(float));
+  if (!scratch) return;
+  if (norm) {
+    rmsnorm_forward(scratch + room, x, norm, eps, M, K);
+    x = scratch + room;
+  }
+  for (int i = 0; i < n; i++) {
+    Linear l = {.y = p[i].y, .x = x, .w = p[i].w, .bias = p[i].bias, .add = add, .M = M, .K = K, .O = p[i].O, .scratch = scratch};
+    product_forward(l, T);
+  }
+}
+
+void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O) {
+  linears_forward(&(Product){y, w, bias, O}, 1, x, NULL, 0, add, B, T, K);
+}
+
+void swiglu_linear_forward(real *y, const real *x, const float *norm, float eps, Matrix wg, const float *bg, Matrix wu,
+                           const float *bu, size_t B, size_t T, size_t K, size_t F) {
+  const size_t M = B * T, room = product_room(M, T, K);
+  float *scratch = device_scratch((room + (norm ? M * K : 0) + M * F) * sizeof(float)), *up = scratch + room;
+  if (!scratch) return;
+  if (norm) {
+    rmsnorm_forward(scratch + room, x, norm, eps, M, K);
+    x = scratch + room;
+    up += M * K;
+  }
+  Linear l = {.y = y, .x = x, .w = wg, .bias = bg, .M = M, .K = K, .O = F, .scratch = scratch};
+  product_forward(l, T);
+  l.y = up, l.w = wu, l.bias = bu;
+  product_forward(l, T);
+  swiglu_forward(y, y, up, M * F);
 }
 
 void logits_forward(float *y, const real *x, Matrix w, size_t B, size_t T, size_t K, size_t O) { linear_forward(y, x, w, NULL, 0, B, T, K, O); }

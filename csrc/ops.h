@@ -52,6 +52,20 @@ typedef struct {
 /* y[m,o] (= | add: +=) sum_k x[m,k] w[o,k] + bias[o].   y (B,T,O)  x (B,T,K)  w (O,K)  bias (O) or NULL
  * T <= FEW: one fixed order over k, rows tiled, so a row's bits depend on nothing but that row. T > FEW: BLAS. */
 void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O);
+/* Products that share x:  y_i (B,T,O_i) (= | add: +=) u w_i^T + bias_i for i < n <= 4, with u = x, or rmsnorm(x) with the weights
+ * `norm` (K) where that is not NULL, rounded to real as rmsnorm_forward stores it. Row-invariant as linear_forward, to which it is equal
+ * within rounding; on a GPU few tokens are one launch. With norm and T > FEW, u takes scratch. */
+typedef struct {
+  real *y;
+  Matrix w; /* (O,K) */
+  const float *bias;
+  size_t O;
+} Product;
+void linears_forward(const Product *p, int n, const real *x, const float *norm, float eps, int add, size_t B, size_t T, size_t K);
+/* y = silu(u wg^T + bg) * (u wu^T + bu), the halves rounded to real in between; u as above.   y (B,T,F)  wg, wu (F,K)  bg, bu (F) or
+ * NULL. T > FEW: up takes scratch. */
+void swiglu_linear_forward(real *y, const real *x, const float *norm, float eps, Matrix wg, const float *bg, Matrix wu,
+                           const float *bu, size_t B, size_t T, size_t K, size_t F);
 /* The same without bias, y in float: what softmax and sampling read.   y (B,T,O) float */
 void logits_forward(float *y, const real *x, Matrix w, size_t B, size_t T, size_t K, size_t O);
 /* dx[m,k] (= | add: +=) sum_o dy[m,o] w[o,k];  dw[o,k] += sum_m dy[m,o] x[m,k];  dbias[o] += sum_m dy[m,o].

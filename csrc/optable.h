@@ -16,6 +16,13 @@
 
 ROW(linear_forward, "x:btk w#:ok bias%?:o -> y:bto", "", 0, "y = x w^T + bias. At most 16 tokens: row-invariant.",
     linear_forward(r(3), r(0), mat(1), f(2), 0, n['b'], n['t'], n['k'], n['o']))
+ROW(linears_forward, "y!:bto y2!:btp x:btk norm%?:k eps%?:1 w#:ok bias%?:o w2#:pk bias2%?:p add@?:1 ->", "", 0,
+    "y (= | add 1: +=) u w^T + bias, y2 likewise, u = x or rmsnorm(x) with the weights norm. At most 16 tokens: row-invariant.",
+    linears_forward((Product[]){{r(0), mat(5), f(6), n['o']}, {r(1), mat(7), f(8), n['p']}}, 2, r(2), f(3), num(4, 0), num(9, 0) != 0,
+                    n['b'], n['t'], n['k']))
+ROW(swiglu_linear_forward, "x:btk norm%?:k eps%?:1 gate#:fk bias%?:f up#:fk bias2%?:f -> y:btf", "", 0,
+    "y = silu(u gate^T + bias) (u up^T + bias2), u = x or rmsnorm(x) with the weights norm. At most 16 tokens: row-invariant.",
+    swiglu_linear_forward(r(7), r(0), f(1), num(2, 0), mat(3), f(4), mat(5), f(6), n['b'], n['t'], n['k'], n['f']))
 ROW(linear_backward, "dy:bto x:btk w#:ok dw%!?:ok dbias%!?:o -> dx:btk", "", 0,
     "dx = dy w, dw += dy^T x, dbias += the sum of dy over rows.",
     linear_backward(r(5), f(3), f(4), r(0), r(1), mat(2), 0, n['b'] * n['t'], n['k'], n['o']))

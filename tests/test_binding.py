@@ -16,7 +16,7 @@ every_op = pytest.mark.parametrize("op", NAMES)
 
 SIZES = dict(b=2, t=3, m=4, c=5, o=6, k=7, v=8, h=4, g=2, p=6, q=3, n=3, f=5, s=3, l=40, x=4, d=8, w=4, j=2)
 SCALARS = dict(eps=1e-5, scale=1.0, window=2, silu=1, block=1, temperature=1.0, kind=0, lr=0.1, b1=0.9, b2=0.9, decay=0.1,
-               gscale=1.0, step=1, seed=3, to=1, count=2) | {"from": 0}
+               gscale=1.0, step=1, seed=3, to=1, count=2, add=1) | {"from": 0}
 
 
 def sizes(module, op):

@@ -599,7 +599,7 @@ def test_trees_equal_chains(backend, op, reason, sizes):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("K, O", [(64, 64), (131, 67), (300, 5)])
+@pytest.mark.parametrize("K, O", [(64, 64), (131, 67), (300, 5), (1304, 24)])
 def test_linear_of_few_tokens_is_row_invariant(backend, K, O, bf16):
     r = np.random.default_rng(1)
     args = backend.prepare("linear_forward", draw_linear(r, 7, 16, K, O, bf16=bf16))
@@ -609,6 +609,66 @@ def test_linear_of_few_tokens_is_row_invariant(backend, K, O, bf16):
     for B, T in ((1, 1), (112, 1), (37, 3), (1, 16), (5, 2), (2, 13)):
         part = np.ascontiguousarray(rows[: B * T].reshape(B, T, K))
         assert same(backend.module.linear_forward(part, **rest).reshape(-1, O), expected[: B * T]), f"B {B}, T {T}"
+
+
+def draw_products(r, B, T, K, O, norm, bf16):
+    return dict(x=r.standard_normal((B, T, K)), norm=r.standard_normal(K) if norm else None, eps=0.1, w=matrix(r, bf16, O, K),
+                bias=r.standard_normal(O), w2=matrix(r, bf16, O + 9, K), bias2=None)
+
+
+# K and O: one kernel or another, ends that are no whole unit or tile, several units a part
+PRODUCTS = pytest.mark.parametrize("K, O", [(64, 16), (131, 67), (1096, 40), (8, 3)])
+
+
+@PRODUCTS
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("B, T", [(1, 1), (2, 5), (1, 16), (20, 1), (5, 13), (1, 17)])
+def test_linears_equal_one_by_one(backend, B, T, K, O, norm, bf16):
+    r = np.random.default_rng(1)
+    args = backend.prepare("linears_forward", draw_products(r, B, T, K, O, norm, bf16))
+    start = backend.prepare("linears_forward", dict(y=r.standard_normal((B, T, O)), y2=r.standard_normal((B, T, O + 9))))
+    u = args["x"] if not norm else twin.rmsnorm(args["x"], args["norm"], 0.1)
+    expected = dict(y=twin.linear(u, args["w"], args["bias"]), y2=twin.linear(u, args["w2"]))
+    for add in (0, 1):
+        got = backend.call("linears_forward", args | start | {"add": add})
+        for name, value in expected.items():
+            backend.close(got[name], value + add * f64(start[name]), f"{name}, add {add}")
+    args = dict(x=args["x"], norm=args["norm"], eps=0.1, gate=args["w"], up=args["w2"][:O].copy(), bias=args["bias"],
+                bias2=args["bias"])
+    expected = twin.swiglu(twin.linear(u, args["gate"], args["bias"]), twin.linear(u, args["up"], args["bias2"]))
+    backend.close(backend.call("swiglu_linear_forward", args)["y"], expected, "swiglu")
+
+
+@PRODUCTS
+@pytest.mark.parametrize("bf16", [False, True])
+def test_linears_of_few_tokens_are_row_invariant(backend, K, O, bf16):
+    r = np.random.default_rng(1)
+    args = backend.prepare("linears_forward", draw_products(r, 7, 16, K, O, True, bf16))
+    rows, gated = args.pop("x").reshape(-1, K), dict(gate=args["w"], up=args["w2"][:O].copy(), bias=args["bias"])
+
+    def outputs(B, T):
+        x = np.ascontiguousarray(rows[: B * T].reshape(B, T, K))
+        y, y2 = np.zeros((B, T, O), "f4"), np.zeros((B, T, O + 9), "f4")
+        backend.module.linears_forward(y=y, y2=y2, x=x, **args)
+        act = backend.module.swiglu_linear_forward(x=x, norm=args["norm"], eps=0.1, **gated)
+        return [a.reshape(B * T, -1) for a in (y, y2, act)]
+
+    expected = outputs(7, 16)
+    for B, T in ((1, 1), (112, 1), (37, 3), (1, 16), (5, 2), (2, 13), (11, 5)):
+        for got, value in zip(outputs(B, T), expected):
+            assert same(got, value[: B * T].copy()), f"B {B}, T {T}"
+
+
+@pytest.mark.parametrize("M, V, C", [(600, 7, 5), (90, 4, 2100)])
+def test_embedding_gradient_adds_in_order(backend, M, V, C):
+    r = np.random.default_rng(1)
+    ids, dw = r.integers(0, V, (1, M)).astype("i4"), r.standard_normal((V, C)).astype("f4")
+    args = backend.prepare("embedding_backward", dict(dy=r.standard_normal((1, M, C)))) | dict(ids=ids, dw=dw)
+    got = backend.call("embedding_backward", args)["dw"]
+    for m in range(M):
+        dw[ids[0, m]] += args["dy"][0, m]
+    assert same(got, dw)
 
 
 @pytest.mark.parametrize("op, sizes, by_row", [

@@ -1,0 +1,343 @@
+/* linear.cu - y = x W^T and its backward; embedding. Few tokens: few_rows.cuh; many: cuBLASLt. What looks at a matrix's dtype
+ * while it computes is here. */
+#include "few_rows.cuh"
+
+/* ---- few tokens ---------------------------------------------------------------------------------------------------------- */
+
+static size_t shared_limit() {
+  static const size_t limit = [] {
+    int device = 0, bytes = 0;
+    CHECK(cudaGetDevice(&device));
+    CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return (size_t)bytes;
+  }();
+  return limit;
+}
+
+/* How few_rows is launched for a call. groups 0: it is not. */
+struct Shape {
+  int groups;
+  bool staged;
+  size_t shared;
+};
+constexpr int depth_of(int groups) { return groups == 1 ? 8 : 4; } /* rings of 64 KiB, and as much ahead in L2 */
+
+/* Tiles of `outs` outputs; a gated pair has those of one product. */
+static unsigned find_tiles(Few *c, int outs, bool gated) {
+  size_t tiles = 0;
+  for (int i = 0; i < (gated ? 1 : c->n); i++) {
+    c->first[i] = (unsigned)tiles;
+    tiles += ceil_div(c->p[i].O, outs);
+  }
+  return c->tiles = (unsigned)tiles;
+}
+
+/* x is staged if two kernels still fit a multiprocessor, so that this one can start beside the one before; always for a norm.
+ * Of the shapes that fit, the one whose fullest multiprocessor reads least: W from memory, or W and rings of x from L2, which
+ * is 3/2 as fast. */
+static Shape choose(Few c, bool gated) {
+  const int cols = c.M > 8 ? 2 : 1;
+  Shape best = {};
+  double least = 0;
+  for (int groups : {2, 4, 1}) {
+    if (gated && groups == 1) continue;
+    const int depth = depth_of(groups);
+    const size_t staged = few_shared(groups, cols, depth, true, c.M, c.K);
+    const bool stage = c.norm || gated || staged <= (shared_limit() - 1024) / 2; /* a block costs 1 KiB more */
+    const size_t bytes = stage ? staged : few_shared(groups, cols, depth, false, c.M, c.K);
+    if (bytes > shared_limit()) continue;
+    const double waves = (double)ceil_div(find_tiles(&c, 8 * groups / (1 + gated), gated), multiprocessors());
+    const double memory = waves * groups, l2 = stage ? 0 : (memory + waves * c.M / 8) / 1.5, time = memory > l2 ? memory : l2;
+    if (!best.groups || time < least) best = {groups, stage, bytes}, least = time;
+  }
+  return best;
+}
+
+template <int GROUPS, int COLS, bool STAGED, bool GATED> static void start_few(Few &c, size_t shared) {
+  const unsigned tiles = find_tiles(&c, 8 * Cursor<GROUPS, GATED>::SIDE, GATED);
+  /* The next kernel may start when a block has about 128 KiB of W left: what it brought to L2 earlier would be lost by then. */
+  c.late = (unsigned)(1 + (128 << 10) / (8 * GROUPS * sizeof(bf16) * (c.K + 1)));
+  c.ahead = depth_of(GROUPS);
+  const unsigned blocks = blocks_for(tiles, 1, multiprocessors());
+  LAUNCH_EARLY((few_rows<GROUPS, COLS, depth_of(GROUPS), STAGED, GATED>), blocks, THREADS, shared, c);
+}
+template <int GROUPS, int COLS> static void start_few(Few &c, const Shape &s, bool gated) {
+  if constexpr (GROUPS > 1)
+    if (gated) return start_few<GROUPS, COLS, true, true>(c, s.shared);
+  if (s.staged) return start_few<GROUPS, COLS, true, false>(c, s.shared);
+  start_few<GROUPS, COLS, false, false>(c, s.shared);
+}
+template <int GROUPS> static void start_few(Few &c, const Shape &s, bool gated) {
+  if (c.M > 8) return start_few<GROUPS, 2>(c, s, gated);
+  start_few<GROUPS, 1>(c, s, gated);
+}
+
+/* All products in one launch, if that is possible: at most 16 rows of bf16 and whole 16-byte vectors. `real` is bf16 where R
+ * is. */
+template <class R> static bool one_launch(Few c, bool gated) {
+  if constexpr (sizeof(R) != sizeof(bf16)) return false;
+  uintptr_t vectors = (uintptr_t)c.x | c.K * sizeof(bf16);
+  for (int i = 0; i < c.n; i++) {
+    if (c.p[i].w.type != BFLOAT16) return false;
+    vectors |= (uintptr_t)c.p[i].w.data;
+  }
+  if (c.M > 16 || vectors & 15) return false;
+  const Shape s = choose(c, gated);
+  if constexpr (sizeof(R) == sizeof(bf16)) {
+    if (s.groups == 1) start_few<1>(c, s, gated);
+    if (s.groups == 2) start_few<2>(c, s, gated);
+    if (s.groups == 4) start_few<4>(c, s, gated);
+  }
+  return s.groups > 0;
+}
+
+template <int OUTS, int ROWS, int WARPS_O, int DEPTH, bool ALIGNED = true>
+static void start_tiles(const Product &p, const real *x, int add, size_t M, size_t K) {
+  const bf16 *w = (const bf16 *)p.w.data;
+  const auto row_tiles_of = row_tiles<OUTS, ROWS, WARPS_O, DEPTH, ALIGNED>;
+  const size_t tiles = ceil_div(M, ROWS) * ceil_div(p.O, OUTS);
+  LAUNCH_EARLY(row_tiles_of, (unsigned)tiles, THREADS, tile_shared(OUTS, ROWS, DEPTH), p.y, x, w, p.bias, add, M, K, p.O);
+}
+
+template <class W> static void start_floats(const Product &p, const real *x, int add, size_t M, size_t K) {
+  const W *w = (const W *)p.w.data;
+  const bool whole = !(K % 4 || (uintptr_t)w % (4 * sizeof(W)) || (uintptr_t)x % (4 * sizeof(real)));
+  const dim3 grid(blocks_for(p.O, 16), blocks_for(M, 8, 65535));
+  const auto few_floats_of = M == 1 ? few_floats<W, 1> : few_floats<W, 8>;
+  LAUNCH_EARLY(few_floats_of, grid, 128, 0, p.y, x, w, p.bias, add, M, K, p.O, whole);
+}
+
+/* One product of M rows of few tokens, whatever its shape. */
+template <class R> static void few_product(const Product &p, const real *x, int add, size_t M, size_t K) {
+  if (p.w.type == FLOAT32) return start_floats<float>(p, x, add, M, K);
+  if constexpr (sizeof(R) == sizeof(bf16)) {
+    const size_t large = ceil_div(M, 128) * ceil_div(p.O, 128); /* tiles */
+    if (((uintptr_t)x | (uintptr_t)p.w.data | K * sizeof(bf16)) & 15) return start_tiles<64, 32, 4, 6, false>(p, x, add, M, K);
+    if (M > 64 && large >= (size_t)multiprocessors()) return start_tiles<128, 128, 2, 3>(p, x, add, M, K);
+    if (M > 32) return start_tiles<64, 64, 4, 5>(p, x, add, M, K);
+    return start_tiles<64, 32, 4, 6>(p, x, add, M, K);
+  } else {
+    start_floats<bf16>(p, x, add, M, K);
+  }
+}
+
+/* ---- many tokens: cuBLASLt ----------------------------------------------------------------------------------------------- */
+
+template <class D, class S>
+static __global__ void convert(D *dst, const S *src, size_t from_row_to_row, size_t rows, size_t cols) {
+  const size_t stride = (size_t)gridDim.x * blockDim.x;
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * cols; i += stride)
+    store(dst + i, load(src + i / cols * from_row_to_row + i % cols));
+}
+
+/* W's elements (rows,cols), ld apart in W, as `real` in scratch (rows,cols): cuBLASLt wants both operands of one type. */
+static void widen_or_round(void *scratch, Matrix w, size_t first, size_t ld, size_t rows, size_t cols) {
+  const unsigned blocks = blocks_for(rows * cols, 256, 32 * multiprocessors());
+  if (w.type == FLOAT32)
+    LAUNCH((convert<real, float>), blocks, 256, 0, (real *)scratch, (const float *)w.data + first, ld, rows, cols);
+  else
+    LAUNCH((convert<real, bf16>), blocks, 256, 0, (real *)scratch, (const bf16 *)w.data + first, ld, rows, cols);
+}
+
+/* Of n rows or columns of `other` elements each, how many are converted at a time; whole vectors of whatever they end in. */
+static size_t chunk_of(size_t n, size_t other) {
+  const size_t most = ((size_t)16 << 20) / (other + 1) / 256 * 256 + 256;
+  return n < most ? n : most;
+}
+static size_t converted(const Product &p, size_t K) { return p.w.type == REAL_TYPE ? 0 : chunk_of(p.O, K) * K * sizeof(real); }
+
+static __global__ void add_bias(real *y, const float *bias, size_t n, size_t O) {
+  const size_t stride = (size_t)gridDim.x * blockDim.x;
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) store(y + i, load(y + i) + bias[i % O]);
+}
+
+static void many_product(const Product &p, const real *x, int add, size_t M, size_t K, void *scratch) {
+  const size_t O = p.O, step = p.w.type == REAL_TYPE ? O : chunk_of(O, K);
+  if (!K && !add) device_zero(p.y, M * O * sizeof(real));
+  for (size_t o = 0; K && o < O; o += step) {
+    const size_t n = step < O - o ? step : O - o;
+    if (p.w.type != REAL_TYPE) widen_or_round(scratch, p.w, o * K, K, n, K);
+    gemm(p.y + o, REAL_TYPE, O, x, K, 0, p.w.type == REAL_TYPE ? p.w.data : scratch, K, 1, REAL_TYPE, add, M, n, K);
+  }
+  if (p.bias) LAUNCH(add_bias, blocks_for(M * O, 256, 32 * multiprocessors()), 256, 0, p.y, p.bias, M * O, O);
+}
+
+/* ---- the products of a call ---------------------------------------------------------------------------------------------- */
+
+/* Scratch for products one after the other: the rows normalised, then `more` bytes, then W's part in the type of x. */
+struct Room {
+  real *normed;
+  void *more, *w;
+};
+static bool make_room(Room *room, const Few &c, bool few, size_t more) {
+  const size_t normed = c.norm ? (c.M * c.K * sizeof(real) + 255) / 256 * 256 : 0;
+  size_t w = 0;
+  for (int i = 0; i < c.n && !few; i++) w = converted(c.p[i], c.K) > w ? converted(c.p[i], c.K) : w;
+  more = (more + 255) / 256 * 256;
+  unsigned char *memory = normed + more + w ? (unsigned char *)device_scratch(normed + more + w) : nullptr;
+  *room = {(real *)memory, memory + normed, memory + normed + more};
+  return memory || !(normed + more + w);
+}
+
+static void one_by_one(const Few &c, const Room &room, bool few) {
+  const real *x = c.x;
+  if (c.norm) {
+    LAUNCH_EARLY(norm_rows, blocks_for(c.M, 1, 1 << 16), THREADS, 0, room.normed, c.x, c.norm, c.eps, (size_t)c.M, c.K);
+    x = room.normed;
+  }
+  for (int i = 0; i < c.n; i++)
+    if (!c.p[i].O)
+      continue;
+    else if (few)
+      few_product<real>(c.p[i], x, c.add, c.M, c.K);
+    else
+      many_product(c.p[i], x, c.add, c.M, c.K, room.w);
+}
+
+void linears_forward(const Product *p, int n, const real *x, const float *norm, float eps, int add, size_t B, size_t T,
+                     size_t K) {
+  Few c = {};
+  Room room;
+  c.x = x, c.norm = norm, c.eps = eps, c.add = add, c.M = (unsigned)(B * T), c.K = K;
+  for (int i = 0; i < n; i++)
+    if (p[i].O) c.p[c.n++] = p[i];
+  if (!c.M || !c.n) return;
+  if (T <= FEW && one_launch<real>(c, false)) return;
+  if (make_room(&room, c, T <= FEW, 0)) one_by_one(c, room, T <= FEW);
+}
+
+void swiglu_linear_forward(real *y, const real *x, const float *norm, float eps, Matrix wg, const float *bg, Matrix wu,
+                           const float *bu, size_t B, size_t T, size_t K, size_t F) {
+  Few c = {};
+  Room room;
+  c.x = x, c.norm = norm, c.eps = eps, c.M = (unsigned)(B * T), c.K = K, c.n = 2;
+  c.p[0] = {y, wg, bg, F}, c.p[1] = {y, wu, bu, F};
+  if (!c.M || !F) return;
+  if (T <= FEW && one_launch<real>(c, true)) return;
+  if (!make_room(&room, c, T <= FEW, c.M * F * sizeof(real))) return;
+  c.p[1].y = (real *)room.more;
+  one_by_one(c, room, T <= FEW);
+  swiglu_forward(y, y, c.p[1].y, c.M * F);
+}
+
+void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O) {
+  const Product p = {y, w, bias, O};
+  linears_forward(&p, 1, x, nullptr, 0, add, B, T, K);
+}
+
+/* ---- backward ------------------------------------------------------------------------------------------------------------ */
+
+/* Sums of dy's columns over a run of rows: part (runs,O). 32 columns a block, 8 rows at a time. */
+static __global__ void sum_columns(float *part, const real *dy, size_t run, size_t M, size_t O) {
+  __shared__ float sums[8][33];
+  const size_t o = (size_t)blockIdx.x * 32 + threadIdx.x, first = blockIdx.y * run, end = first + run < M ? first + run : M;
+  float sum = 0;
+  for (size_t m = first + threadIdx.y; m < end && o < O; m += 8) sum += load(dy + m * O + o);
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y || o >= O) return;
+  sum = 0;
+  for (int r = 0; r < 8; r++) sum += sums[r][threadIdx.x];
+  part[blockIdx.y * O + o] = sum;
+}
+static __global__ void add_parts(float *dbias, const float *part, size_t runs, size_t O) {
+  const size_t o = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (o >= O) return;
+  float sum = 0;
+  for (size_t r = 0; r < runs; r++) sum += part[r * O + o];
+  dbias[o] += sum;
+}
+
+static void bias_gradient(float *dbias, const real *dy, size_t M, size_t O) {
+  const size_t run = M < 64 * 64 ? 64 : ceil_div(M, 64), runs = ceil_div(M, run);
+  float *part = (float *)device_scratch(runs * O * sizeof(float));
+  if (!part) return;
+  LAUNCH(sum_columns, dim3(blocks_for(O, 32), (unsigned)runs), dim3(32, 8), 0, part, dy, run, M, O);
+  LAUNCH(add_parts, blocks_for(O, 256), 256, 0, dbias, part, runs, O);
+}
+
+/* dx = dy W; a W of another type is converted in runs of columns, so that a dx is rounded once. */
+static void input_gradient(real *dx, const real *dy, Matrix w, int add, size_t M, size_t K, size_t O) {
+  if (w.type == REAL_TYPE) return gemm(dx, REAL_TYPE, K, dy, O, 0, w.data, K, 0, REAL_TYPE, add, M, K, O);
+  const size_t step = chunk_of(K, O);
+  void *scratch = device_scratch(O * step * sizeof(real));
+  for (size_t k = 0; scratch && k < K; k += step) {
+    const size_t n = step < K - k ? step : K - k;
+    widen_or_round(scratch, w, k, K, O, n);
+    gemm(dx + k, REAL_TYPE, K, dy, O, 0, scratch, n, 0, REAL_TYPE, add, M, n, O);
+  }
+}
+
+void linear_backward(real *dx, float *dw, float *dbias, const real *dy, const real *x, Matrix w, int add, size_t M, size_t K,
+                     size_t O) {
+  if (dx && !O && !add) device_zero(dx, M * K * sizeof(real));
+  if (!M || !O) return;
+  if (dx && K) input_gradient(dx, dy, w, add, M, K, O);
+  if (dw && K) gemm(dw, FLOAT32, K, dy, O, 1, x, K, 0, REAL_TYPE, 1, O, K, M);
+  if (dbias) bias_gradient(dbias, dy, M, O);
+}
+
+/* ---- embedding ----------------------------------------------------------------------------------------------------------- */
+
+template <class W> static __global__ void embed(real *y, const W *w, const int32_t *ids, size_t C, bool whole) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const W *from = w + (size_t)ids[blockIdx.x] * C;
+  real *to = y + (size_t)blockIdx.x * C;
+  if (whole)
+    for (size_t c = threadIdx.x; c < C / REALS_16; c += blockDim.x) ((uint4 *)to)[c] = ((const uint4 *)from)[c];
+  else
+    for (size_t c = threadIdx.x; c < C; c += blockDim.x) store(to + c, load(from + c));
+}
+
+void embedding_forward(real *y, Matrix w, const int32_t *ids, size_t M, size_t C) {
+  const bool whole = w.type == REAL_TYPE && C % REALS_16 == 0 && !(((uintptr_t)y | (uintptr_t)w.data) & 15);
+  if (w.type == FLOAT32)
+    LAUNCH_EARLY((embed<float>), (unsigned)M, 256, 0, y, (const float *)w.data, ids, C, whole);
+  else
+    LAUNCH_EARLY((embed<bf16>), (unsigned)M, 256, 0, y, (const bf16 *)w.data, ids, C, whole);
+}
+
+/* Block m adds the rows of all tokens that are ids[m], in order, if none of them stands before m: 256 * EACH columns of dw in
+ * registers. */
+template <int EACH>
+static __global__ void __launch_bounds__(256)
+    embed_gradient(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C) {
+  __shared__ unsigned found[8];
+  const size_t m = blockIdx.x, column = (size_t)blockIdx.y * 256 * EACH + threadIdx.x;
+  const int32_t id = ids[m];
+  for (size_t i = 0; i < m; i += 2048) {
+    int before = 0;
+#pragma unroll
+    for (int u = 0; u < 8; u++) {
+      const size_t at = i + u * 256 + threadIdx.x;
+      before |= at < m && ids[at] == id;
+    }
+    if (__syncthreads_or(before)) return;
+  }
+  float sum[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (column + 256 * e < C) sum[e] = dw[(size_t)id * C + column + 256 * e];
+  for (size_t i = m; i < M; i += 256) {
+    const int same = i + threadIdx.x < M && ids[i + threadIdx.x] == id;
+    const unsigned mask = __ballot_sync(0xffffffffu, same);
+    if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = mask;
+    if (__syncthreads_or(same))
+      for (int w = 0; w < 8; w++)
+        for (unsigned left = found[w]; left; left &= left - 1) {
+          const real *row = dy + (i + 32 * w + __ffs((int)left) - 1) * C + column;
+#pragma unroll
+          for (int e = 0; e < EACH; e++)
+            if (column + 256 * e < C) sum[e] += load(row + 256 * e);
+        }
+    __syncthreads(); /* before found is written again */
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (column + 256 * e < C) dw[(size_t)id * C + column + 256 * e] = sum[e];
+}
+
+void embedding_backward(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C) {
+  LAUNCH((embed_gradient<8>), dim3((unsigned)M, blocks_for(C, 256 * 8)), 256, 0, dw, dy, ids, M, C);
+}
