@@ -17,6 +17,11 @@ static Dims dims(const Model *m) {
 static void project(const Call *k, real *y, const real *x, const Param *w, size_t row, size_t O, const Param *b, int add) {
   linear_forward(y, x, matrix(w, row), b ? vector(b) : NULL, add, k->B, k->T, w->b, O);
 }
+/* What the mixer reads of its input. */
+static void project_input(const Call *k, size_t l, const Product *p, int n, const real *u) {
+  const Model *m = k->m;
+  linears_forward(p, n, u, k->few ? vector(m->layer[l] + NORM1) : NULL, m->c.eps, 0, k->B, k->T, m->c.width);
+}
 static void project_backward(const Call *k, real *dx, const real *dy, const real *x, const Param *w, size_t row, size_t O,
                              const Param *b, int add) {
   float *dw = gradient(k->m, w);
@@ -49,9 +54,10 @@ static void mix_attention(const Call *k, size_t l, Acts *acts, real *h, const re
   const Param *p = m->layer[l];
   Dims d = dims(m);
   real **x = acts->x;
-  project(k, x[RAW_Q], u, p + WQ, 0, d.D, p + BQ, 0);
-  project(k, x[RAW_K], u, p + WK, 0, d.E, p + BK, 0);
-  project(k, x[V], u, p + WV, 0, d.E, p + BV, 0);
+  const Product in[] = {{x[RAW_Q], matrix(p + WQ, 0), vector(p + BQ), d.D},
+                        {x[RAW_K], matrix(p + WK, 0), vector(p + BK), d.E},
+                        {x[V], matrix(p + WV, 0), vector(p + BV), d.E}};
+  project_input(k, l, in, 3, u);
   if (m->c.qk_norm) {
     rmsnorm_forward(x[Q], x[RAW_Q], vector(p + NORMQ), m->c.eps, k->M * d.H, d.P);
     rmsnorm_forward(x[K], x[RAW_K], vector(p + NORMK), m->c.eps, k->M * d.G, d.P);
@@ -114,11 +120,12 @@ static void mix_mamba1(const Call *k, size_t l, Acts *acts, real *h, const real 
   const Param *p = m->layer[l];
   Dims d = dims(m);
   real **x = acts->x;
-  project(k, x[X1], u, p + M1X, 0, d.E, NULL, 0);
-  project(k, x[Z1], u, p + M1Z, 0, d.D, NULL, 0);
-  project(k, x[B1], u, p + M1B, 0, d.E, NULL, 0);
-  project(k, x[C1], u, p + M1C, 0, d.D, NULL, 0);
-  project(k, x[LOW], u, p + M1DOWN, 0, d.R, NULL, 0);
+  const Product in[] = {{x[X1], matrix(p + M1X, 0), NULL, d.E},
+                        {x[Z1], matrix(p + M1Z, 0), NULL, d.D},
+                        {x[B1], matrix(p + M1B, 0), NULL, d.E},
+                        {x[C1], matrix(p + M1C, 0), NULL, d.D},
+                        {x[LOW], matrix(p + M1DOWN, 0), NULL, d.R}};
+  project_input(k, l, in, 5, u);
   project(k, x[DT1], x[LOW], p + M1DT, 0, d.D, m->c.dt_bias_twice ? p + M1DTB : NULL, 0);
   Cache *cache = k->s ? k->s->layer[l] : NULL;
   Ring ring = {0};
@@ -191,9 +198,12 @@ static void mix_mamba2(const Call *k, size_t l, Acts *acts, real *h, const real 
   Dims d = dims(m);
   real **x = acts->x;
   const Part part[3] = PARTS(d);
-  project(k, x[Z2], u, p + M2IN, 0, d.D, NULL, 0);
-  for (int i = 0; i < 3; i++) project(k, x[part[i].in], u, p + M2IN, d.D + part[i].first, part[i].width, NULL, 0);
-  project(k, x[DT2], u, p + M2IN, 2 * (d.D + d.E), d.H, NULL, 0);
+  const Product in[] = {{x[Z2], matrix(p + M2IN, 0), NULL, d.D},
+                        {x[X2], matrix(p + M2IN, d.D), NULL, d.E},
+                        {x[B2], matrix(p + M2IN, d.D + d.E), NULL, d.E},
+                        {x[C2], matrix(p + M2IN, d.D + 2 * d.E), NULL, d.D},
+                        {x[DT2], matrix(p + M2IN, 2 * (d.D + d.E)), NULL, d.H}};
+  project_input(k, l, in, 5, u);
   Cache *cache = k->s ? k->s->layer[l] : NULL;
   Ring ring = {0};
   if (cache) ring = (Ring){cache[4].data, cache[6].data, cache[5].data};

@@ -311,6 +311,13 @@ static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out
   const Param *p = m->layer[l];
   const size_t C = m->c.width, F = m->c.mlp, M = k->M;
   Mark before = mark(&m->arena);
+  if (k->few) {
+    MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, s->mid);
+    swiglu_linear_forward(s->gate, s->mid, vector(p + NORM2), m->c.eps, matrix(p + GATE, 0), vector(p + BGATE), matrix(p + UP, 0), vector(p + BUP),
+                          k->B, k->T, C, F);
+    linear_forward(out, s->gate, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
+    return;
+  }
   real *u = reals(&m->arena, M * C);
   rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
   if (s->mid != s->in) device_copy(s->mid, s->in, M * C * sizeof(real));
@@ -436,7 +443,7 @@ Call begin_call(Model *m, State *s, const int32_t *ids, const Rows *rows, int ex
   device_push(device + skip, host + skip, (n - skip) * sizeof *host);
   free(host);
 #define PART(i) (size[i] ? device + at[i] : NULL)
-  Call k = {.m = m, .s = s, .B = B, .T = T, .M = M, .ids = device, .position = device + at[POSITION], .target = PART(TARGET), .wanted = PART(WANTED)};
+  Call k = {.m = m, .s = s, .B = B, .T = T, .M = M, .few = s && T <= FEW, .ids = device, .position = device + at[POSITION], .target = PART(TARGET), .wanted = PART(WANTED)};
   k.rows = (Rows){.prev = PART(PREV), .slot = PART(SLOT), .keep = PART(KEEP), .pos = PART(POS), .committed = PART(COMMITTED), .seen = PART(SEEN)};
 #undef PART
   return k;

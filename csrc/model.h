@@ -131,6 +131,7 @@ typedef struct {
   const Model *m;
   State *s;
   size_t B, T, M;
+  int few; /* few tokens with a State: products take their norm along, and nothing is kept for a backward */
   Rows rows;
   int32_t *ids;
   const int32_t *position, *target; /* (M) */
@@ -145,7 +146,7 @@ typedef struct {
   float *lse;
 } Acts;
 
-/* mixer.c. u (M,C) is the normed input; forward adds the mixer's output to h; backward: du =, parameter gradients +=. */
+/* mixer.c. u (M,C) is the normed input, or, for few tokens, h itself; forward adds the mixer's output to h; backward: du =, parameter gradients +=. */
 typedef struct {
   const char *name;
   void (*layout)(const Model *m, size_t layer, Arena *arena, Acts *acts, size_t M);

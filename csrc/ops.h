@@ -52,7 +52,7 @@ typedef struct {
 /* y[m,o] (= | add: +=) sum_k x[m,k] w[o,k] + bias[o].   y (B,T,O)  x (B,T,K)  w (O,K)  bias (O) or NULL
  * T <= FEW: one fixed order over k, rows tiled, so a row's bits depend on nothing but that row. T > FEW: BLAS. */
 void linear_forward(real *y, const real *x, Matrix w, const float *bias, int add, size_t B, size_t T, size_t K, size_t O);
-/* Products that share x:  y_i (B,T,O_i) (= | add: +=) u w_i^T + bias_i for i < n <= 4, with u = x, or rmsnorm(x) with the weights
+/* Products that share x:  y_i (B,T,O_i) (= | add: +=) u w_i^T + bias_i for i < n <= 5, with u = x, or rmsnorm(x) with the weights
  * `norm` (K) where that is not NULL, rounded to real as rmsnorm_forward stores it. Row-invariant as linear_forward, to which it is equal
  * within rounding; on a GPU few tokens are one launch. With norm and T > FEW, u takes scratch. */
 typedef struct {

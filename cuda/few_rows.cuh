@@ -17,7 +17,8 @@
 #include "common.cuh"
 
 typedef __nv_bfloat16 bf16;
-constexpr int PARTS = 8, UNIT = 64, THREADS = 32 * PARTS, MOST_PRODUCTS = 4;
+enum { ADD = 1, FLOATS = 2 }; /* `how`: y +=; y is float (and =) */
+constexpr int PARTS = 8, UNIT = 64, THREADS = 32 * PARTS, MOST_PRODUCTS = 5;
 
 __device__ static inline unsigned units_of_part(size_t K, int part) {
   return (unsigned)(((K + UNIT - 1) / UNIT + PARTS - 1 - part) / PARTS);
@@ -43,6 +44,13 @@ template <bool ALIGNED> __device__ static inline void fetch(uint4 *to, const bf1
     }
     *to = make_uint4(word[0], word[1], word[2], word[3]);
   }
+}
+
+__device__ static inline void put(real *y, size_t i, float v, int how) {
+  if (how & FLOATS)
+    ((float *)(void *)y)[i] = v;
+  else
+    store(y + i, v);
 }
 
 /* ---- rmsnorm of rows, by a block --------------------------------------------------------------------------------------------
@@ -88,7 +96,7 @@ struct Few {
   unsigned first[MOST_PRODUCTS]; /* a product's first tile */
   unsigned tiles, M;
   unsigned late, ahead; /* the next kernel may start when a block has `late` tiles left; stages that L2 gets beyond the rings */
-  int n, add;
+  int n, how;
   const real *x;
   const float *norm;
   float eps;
@@ -207,7 +215,7 @@ template <int GROUPS, int COLS, bool GATED> struct Outputs {
       const bool mine = place(c, e, &m, &o);
       bias[e] = mine && from ? from[first + o] : 0;
       bias_up[e] = mine && up ? up[first + o] : 0;
-      old[e] = mine && c.add ? real_to_float(__ldcg(y + m * O + first + o)) : 0;
+      old[e] = mine && c.how & ADD ? real_to_float(__ldcg(y + m * O + first + o)) : 0;
     }
   }
   __device__ static float sum(const float *part) {
@@ -228,7 +236,7 @@ template <int GROUPS, int COLS, bool GATED> struct Outputs {
       } else {
         v += old[e];
       }
-      store(y + m * O + first + o, v);
+      put(y, m * O + first + o, v, c.how);
     }
   }
 };
@@ -358,7 +366,7 @@ constexpr size_t tile_shared(int outs, int rows, int depth) { return (size_t)dep
  * along the outputs. */
 template <int OUTS, int ROWS, int WARPS_O, int DEPTH, bool ALIGNED>
 static __global__ void __launch_bounds__(THREADS)
-    row_tiles(real *y, const real *x, const bf16 *w, const float *bias, int add, size_t M, size_t K, size_t O) {
+    row_tiles(real *y, const real *x, const bf16 *w, const float *bias, int how, size_t M, size_t K, size_t O) {
   constexpr int WARPS_M = PARTS / WARPS_O, MMAS = OUTS / 16 / WARPS_O, COLS = ROWS / 8 / WARPS_M, STAGE = (OUTS + ROWS) * 8;
   DYNAMIC_SHARED(uint4, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, j = lane % 4;
@@ -443,7 +451,7 @@ static __global__ void __launch_bounds__(THREADS)
       for (int q = 0; q < 4; q++) {
         const size_t o = o0 + out + 16 * i + q / 2 * 8 + g, m = m0 + col + 8 * n + 2 * j + q % 2;
         if (o >= O || m >= M) continue;
-        store(y + m * O + o, total[i][n][q] + (bias ? bias[o] : 0) + (add ? load(y + m * O + o) : 0));
+        put(y, m * O + o, total[i][n][q] + (bias ? bias[o] : 0) + (how & ADD ? load(y + m * O + o) : 0), how);
       }
 }
 
@@ -464,7 +472,7 @@ template <class T> __device__ static inline void load_4(float (&v)[4], const T *
 /* y (= | add: +=) x w^T + bias: a warp has 4 outputs and ROWS rows, a lane every 32nd run of 4 k, in order; then the lanes
  * are added. */
 template <class W, int ROWS>
-static __global__ void few_floats(real *y, const real *x, const W *w, const float *bias, int add, size_t M, size_t K, size_t O,
+static __global__ void few_floats(real *y, const real *x, const W *w, const float *bias, int how, size_t M, size_t K, size_t O,
                                   bool whole) {
   constexpr int OUTS = 4;
   const int lane = threadIdx.x % 32;
@@ -497,7 +505,7 @@ static __global__ void few_floats(real *y, const real *x, const W *w, const floa
       }
     const size_t at = o + lane % OUTS, row = m + lane / OUTS;
     if (lane < OUTS * ROWS && at < O && row < M)
-      store(y + row * O + at, mine + (bias ? bias[at] : 0) + (add ? load(y + row * O + at) : 0));
+      put(y, row * O + at, mine + (bias ? bias[at] : 0) + (how & ADD ? load(y + row * O + at) : 0), how);
   }
 }
 #endif

@@ -92,32 +92,32 @@ template <class R> static bool one_launch(Few c, bool gated) {
 }
 
 template <int OUTS, int ROWS, int WARPS_O, int DEPTH, bool ALIGNED = true>
-static void start_tiles(const Product &p, const real *x, int add, size_t M, size_t K) {
+static void start_tiles(const Product &p, const real *x, int how, size_t M, size_t K) {
   const bf16 *w = (const bf16 *)p.w.data;
   const auto row_tiles_of = row_tiles<OUTS, ROWS, WARPS_O, DEPTH, ALIGNED>;
   const size_t tiles = ceil_div(M, ROWS) * ceil_div(p.O, OUTS);
-  LAUNCH_EARLY(row_tiles_of, (unsigned)tiles, THREADS, tile_shared(OUTS, ROWS, DEPTH), p.y, x, w, p.bias, add, M, K, p.O);
+  LAUNCH_EARLY(row_tiles_of, (unsigned)tiles, THREADS, tile_shared(OUTS, ROWS, DEPTH), p.y, x, w, p.bias, how, M, K, p.O);
 }
 
-template <class W> static void start_floats(const Product &p, const real *x, int add, size_t M, size_t K) {
+template <class W> static void start_floats(const Product &p, const real *x, int how, size_t M, size_t K) {
   const W *w = (const W *)p.w.data;
   const bool whole = !(K % 4 || (uintptr_t)w % (4 * sizeof(W)) || (uintptr_t)x % (4 * sizeof(real)));
   const dim3 grid(blocks_for(p.O, 16), blocks_for(M, 8, 65535));
   const auto few_floats_of = M == 1 ? few_floats<W, 1> : few_floats<W, 8>;
-  LAUNCH_EARLY(few_floats_of, grid, 128, 0, p.y, x, w, p.bias, add, M, K, p.O, whole);
+  LAUNCH_EARLY(few_floats_of, grid, 128, 0, p.y, x, w, p.bias, how, M, K, p.O, whole);
 }
 
 /* One product of M rows of few tokens, whatever its shape. */
-template <class R> static void few_product(const Product &p, const real *x, int add, size_t M, size_t K) {
-  if (p.w.type == FLOAT32) return start_floats<float>(p, x, add, M, K);
+template <class R> static void few_product(const Product &p, const real *x, int how, size_t M, size_t K) {
+  if (p.w.type == FLOAT32) return start_floats<float>(p, x, how, M, K);
   if constexpr (sizeof(R) == sizeof(bf16)) {
     const size_t large = ceil_div(M, 128) * ceil_div(p.O, 128); /* tiles */
-    if (((uintptr_t)x | (uintptr_t)p.w.data | K * sizeof(bf16)) & 15) return start_tiles<64, 32, 4, 6, false>(p, x, add, M, K);
-    if (M > 64 && large >= (size_t)multiprocessors()) return start_tiles<128, 128, 2, 3>(p, x, add, M, K);
-    if (M > 32) return start_tiles<64, 64, 4, 5>(p, x, add, M, K);
-    return start_tiles<64, 32, 4, 6>(p, x, add, M, K);
+    if (((uintptr_t)x | (uintptr_t)p.w.data | K * sizeof(bf16)) & 15) return start_tiles<64, 32, 4, 6, false>(p, x, how, M, K);
+    if (M > 64 && large >= (size_t)multiprocessors()) return start_tiles<128, 128, 2, 3>(p, x, how, M, K);
+    if (M > 32) return start_tiles<64, 64, 4, 5>(p, x, how, M, K);
+    return start_tiles<64, 32, 4, 6>(p, x, how, M, K);
   } else {
-    start_floats<bf16>(p, x, add, M, K);
+    start_floats<bf16>(p, x, how, M, K);
   }
 }
 
@@ -151,13 +151,15 @@ static __global__ void add_bias(real *y, const float *bias, size_t n, size_t O) 
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) store(y + i, load(y + i) + bias[i % O]);
 }
 
-static void many_product(const Product &p, const real *x, int add, size_t M, size_t K, void *scratch) {
+static void many_product(const Product &p, const real *x, int how, size_t M, size_t K, void *scratch) {
+  const int add = how & ADD, type = how & FLOATS ? FLOAT32 : REAL_TYPE;
+  const size_t size = type == FLOAT32 ? sizeof(float) : sizeof(real);
   const size_t O = p.O, step = p.w.type == REAL_TYPE ? O : chunk_of(O, K);
-  if (!K && !add) device_zero(p.y, M * O * sizeof(real));
+  if (!K && !add) device_zero(p.y, M * O * size);
   for (size_t o = 0; K && o < O; o += step) {
     const size_t n = step < O - o ? step : O - o;
     if (p.w.type != REAL_TYPE) widen_or_round(scratch, p.w, o * K, K, n, K);
-    gemm(p.y + o, REAL_TYPE, O, x, K, 0, p.w.type == REAL_TYPE ? p.w.data : scratch, K, 1, REAL_TYPE, add, M, n, K);
+    gemm((char *)p.y + o * size, type, O, x, K, 0, p.w.type == REAL_TYPE ? p.w.data : scratch, K, 1, REAL_TYPE, add, M, n, K);
   }
   if (p.bias) LAUNCH(add_bias, blocks_for(M * O, 256, 32 * multiprocessors()), 256, 0, p.y, p.bias, M * O, O);
 }
@@ -189,19 +191,29 @@ static void one_by_one(const Few &c, const Room &room, bool few) {
     if (!c.p[i].O)
       continue;
     else if (few)
-      few_product<real>(c.p[i], x, c.add, c.M, c.K);
+      few_product<real>(c.p[i], x, c.how, c.M, c.K);
     else
-      many_product(c.p[i], x, c.add, c.M, c.K, room.w);
+      many_product(c.p[i], x, c.how, c.M, c.K, room.w);
 }
 
 void linears_forward(const Product *p, int n, const real *x, const float *norm, float eps, int add, size_t B, size_t T,
                      size_t K) {
   Few c = {};
   Room room;
-  c.x = x, c.norm = norm, c.eps = eps, c.add = add, c.M = (unsigned)(B * T), c.K = K;
+  c.x = x, c.norm = norm, c.eps = eps, c.how = add ? ADD : 0, c.M = (unsigned)(B * T), c.K = K;
   for (int i = 0; i < n; i++)
     if (p[i].O) c.p[c.n++] = p[i];
   if (!c.M || !c.n) return;
+  if (T <= FEW && one_launch<real>(c, false)) return;
+  if (make_room(&room, c, T <= FEW, 0)) one_by_one(c, room, T <= FEW);
+}
+
+void logits_forward(float *y, const real *x, Matrix w, size_t B, size_t T, size_t K, size_t O) {
+  Few c = {};
+  Room room;
+  c.x = x, c.how = FLOATS, c.M = (unsigned)(B * T), c.K = K, c.n = 1;
+  c.p[0] = {(real *)(void *)y, w, nullptr, O};
+  if (!c.M || !O) return;
   if (T <= FEW && one_launch<real>(c, false)) return;
   if (make_room(&room, c, T <= FEW, 0)) one_by_one(c, room, T <= FEW);
 }
