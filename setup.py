@@ -27,7 +27,7 @@ LEVELS = {"_cpu": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS = {"_cpu": ["-march=x86-64"], "_cpu_v3": ["-march=x86-64-v3"],
               "_cpu_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
-PRECISIONS = {"_cuda": [("MIL_BF16", "1")], "_cuda32": []}
+PRECISIONS = {"_cuda": [("MIL_GPU", "1"), ("MIL_BF16", "1")], "_cuda32": [("MIL_GPU", "1")]}
 LINK = []
 if os.environ.get("MIL_WERROR") == "1":
     FLAGS.append("-Werror")

@@ -64,7 +64,8 @@ BANDWIDTH = 4.25e12
 
 def decode_ms(model, state, batch, steps):
     slots, zero = np.arange(batch, dtype=np.int32), np.zeros(batch, np.int32)
-    choices = (zero.astype(np.float32), zero, zero + np.float32(1), zero.astype(np.float32))
+    none = np.zeros(batch, np.float32)
+    choices = (none, zero, none + 1, none)
     rounds = (slots, zero + 1, zero, zero, zero, zero[:, None].copy(), zero)
 
     def step():

@@ -30,8 +30,13 @@ typedef float real;
 #define float_to_real(x) (x)
 #endif
 /* Tokens that a recurrent state keeps unfolded before it moves its checkpoint (ops.h, "the past"). Scan replays by the
- * recurrence, so one token; SSD replays in its quadratic form, so reads of the checkpoint are shared out over many. */
+ * recurrence: one token where arithmetic is dear, four where writing the state at every call is (MIL_GPU: host and device code of
+ * the CUDA modules). SSD replays in its quadratic form, so reads of the checkpoint are shared out over many. */
+#if defined(MIL_GPU) || defined(MIL_CUDA)
+enum { SCAN_RING = 4, SSD_RING = 16 };
+#else
 enum { SCAN_RING = 1, SSD_RING = 16 };
+#endif
 
 HD float bits_to_float(uint32_t u) {
   float f;

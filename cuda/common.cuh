@@ -30,7 +30,8 @@ void latch(cudaError_t error, const char *what, const char *file, int line);
 template <class... P, class... A>
 void launch(const char *what, const char *file, int line, int early, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... args) {
   if (!grid.x || !grid.y || !grid.z) return;
-  if (shared > 48 << 10) latch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), what, file, line);
+  if (shared > 16 << 10) /* with static shared memory beside it, it may pass the 48 KiB that need no asking */
+    latch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), what, file, line);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

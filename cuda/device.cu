@@ -222,8 +222,10 @@ void device_zero(void *p, size_t bytes) {
 static __global__ void widen(float *to, const real *from, size_t n) {
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) to[i] = load(from + i);
 }
+static __device__ void round_to(float *to, float x) { *to = x; }
+static __device__ void round_to(__nv_bfloat16 *to, float x) { *to = __ushort_as_bfloat16(float_to_bf16(x)); } /* NaN keeps its upper bits */
 static __global__ void narrow(real *to, const float *from, size_t n) {
-  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) store(to + i, from[i]);
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) round_to(to + i, from[i]);
 }
 
 void pull_floats(float *host, const real *device, size_t n) {

@@ -195,6 +195,7 @@ CASES = [
     ("ssd", "eight heads a group", dict(B=1, T=64, H=8, G=1, P=16, N=16)),
     ("ssd", "tail after chunks", dict(B=1, T=129, H=2, G=2, P=33, N=17)),
     ("ssd", "the released head", dict(B=1, T=70, H=2, G=1, P=64, N=64)),
+    ("ssd", "the head of 8B models", dict(B=1, T=70, H=2, G=1, P=128, N=128)),
     ("ssd", "documents", dict(B=2, T=64, H=4, G=2, P=8, N=8, parents="documents")),
     ("ssd", "documents across chunks", dict(B=2, T=129, H=2, G=1, P=6, N=10, parents="documents")),
     ("ssd", "strong and weak decay in turn", dict(B=1, T=129, H=4, G=2, P=8, N=8, spread=10)),
@@ -410,7 +411,7 @@ class Stream:
             self.memory |= {f"ring_{k}": self.empty(R + 32, k) for k in ("x", "dt", "B")}
 
     def empty(self, rows, like):
-        return np.full((SLOTS, rows, *self.tokens[like].shape[2:]), np.nan, "f4")
+        return np.full((SLOTS, rows, *self.tokens[like].shape[2:]), 0x7fff0000, "u4").view("f4")  # the NaN that bf16 keeps
 
     def copy(self):
         other = object.__new__(Stream)

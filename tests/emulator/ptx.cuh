@@ -53,6 +53,8 @@ template <int N> static inline void cp_async_wait() {}
 static inline void wait_for_previous_kernel() {}
 static inline void let_next_kernel_start() {}
 static inline float exp2_approx(float x) { return exp2f(x); }
+static inline float log2_approx(float x) { return log2f(x); }
+static inline float reciprocal_approx(float x) { return 1.0f / x; }
 static inline uint4 load_streaming(const void *p) { uint4 v; memcpy(&v, p, 16); return v; }
 static inline void prefetch_l2(const void *) {}
 #endif

@@ -1,0 +1,247 @@
+/* attention_backward.cu - attention's gradients (Dao 2023) in two passes, each block adding up what it owns in a fixed order: blocks
+ * of keys run over the queries that see them (dk, dv), blocks of queries over their keys (dq). Both recompute p = exp(s - lse).
+ *
+ *   o = p v           dv = p^T dout      dp = dout v^T
+ *   s = scale q k^T   ds = p (dp - delta), delta = dout . o      dq = scale ds k      dk = scale ds^T q */
+#include "attention.cuh"
+
+/* stats (B,H,stats_T) = lse log2(e), delta; behind T: p comes out 0. Eight lanes a row (b,t,h). */
+static __global__ void find_stats(Attention a) {
+  const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 8;
+  const int lane = threadIdx.x % 8, h = i % a.H, t = i / a.H % a.stats_T, b = i / a.H / a.stats_T;
+  if (b >= a.B) return;
+  float delta = 0;
+  if (t < a.T) {
+    const real *x = a.dout + query_at(a, b, t, h), *y = a.o + query_at(a, b, t, h);
+    const int whole = a.whole ? a.P / REALS_16 : 0;
+    for (int u = lane; u < whole; u += 8) {
+      float p[REALS_16], q[REALS_16];
+      load_16(p, x + u * REALS_16);
+      load_16(q, y + u * REALS_16);
+      for (int k = 0; k < REALS_16; k++) delta += p[k] * q[k];
+    }
+    for (int c = whole * REALS_16 + lane; c < a.P; c += 8) delta += load(x + c) * load(y + c);
+  }
+  for (int d = 4; d; d /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, d, 8);
+  if (lane == 0)
+    a.stats[((size_t)b * a.H + h) * a.stats_T + t] = t < a.T ? make_float2(a.lse[((size_t)b * a.H + h) * a.T + t] * LOG2E, delta) : make_float2(INFINITY, 0);
+}
+__device__ static inline const float2 *stats_of(const Attention &a, int b, int h, int t) { return a.stats + ((size_t)b * a.H + h) * a.stats_T + t; }
+
+/* ROWS tokens from t on of head h: rows of q or dout */
+template <int PD, int ROWS, int THREADS> __device__ static inline void load_heads(real *tile, const Attention &a, const real *x, int b, int t, int h) {
+  const real *from = x + query_at(a, b, t, h);
+  load_tile<PD, ROWS, THREADS>(tile, x, a.P, a.whole, 0, a.T - t, [&](int row) { return from + row * (a.H * a.P); });
+}
+/* ROWS tokens from t on of group g: rows of k or v */
+template <int PD, int ROWS, int THREADS> __device__ static inline void load_groups(real *tile, const Attention &a, const real *x, int b, int t, int g) {
+  const real *from = x + key_at(a, b, t, g);
+  load_tile<PD, ROWS, THREADS>(tile, x, a.P, a.whole, 0, a.T - t, [&](int row) { return from + row * (a.G * a.P); });
+}
+
+/* ---- dk, dv ---------------------------------------------------------------------------------------------------------------------------- */
+
+/* A block (b, g, 16 WARPS keys), the longest first; a warp has 16 keys. Tiles of QUERIES tokens of the group's heads in turn, one
+ * ahead. DK, DV: which of the two, where registers do not hold both. */
+template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static __global__ void __launch_bounds__(32 * WARPS, 1) backward_keys(Attention a) {
+  constexpr int KEYS = 16 * WARPS, THREADS = 32 * WARPS, N = QUERIES / 8;
+  DYNAMIC_SHARED(real, k_tile);
+  real *const v_tile = k_tile + at<PD>(KEYS, 0), *const q_tile = v_tile + at<PD>(KEYS, 0), *const d_tile = q_tile + at<PD>(2 * QUERIES, 0);
+  float2 *const stats = (float2 *)(d_tile + at<PD>(2 * QUERIES, 0));
+  const int group = blockIdx.x % a.G, b = blockIdx.x / a.G, first = blockIdx.y * KEYS, mine = threadIdx.x / 32 * 16;
+  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, key = first + mine;
+  int tiles = 0; /* of queries, from `first` on: what is seen first never falls with t */
+  for (int some = THREADS; some == THREADS; tiles += some) {
+    const int t = first + (tiles + (int)threadIdx.x) * QUERIES;
+    some = __syncthreads_count(t < a.T && first_seen(a, b, 0, t) < first + KEYS);
+  }
+  auto fetch = [&](int step, int to) {
+    const int h = group * a.rep + step / tiles, t = first + step % tiles * QUERIES;
+    load_heads<PD, QUERIES, THREADS>(q_tile + at<PD>(to * QUERIES, 0), a, a.q, b, t, h);
+    load_heads<PD, QUERIES, THREADS>(d_tile + at<PD>(to * QUERIES, 0), a, a.dout, b, t, h);
+    if (threadIdx.x < QUERIES / 2) cp_async_16(stats + to * QUERIES + 2 * threadIdx.x, stats_of(a, b, h, t + 2 * threadIdx.x));
+    cp_async_commit();
+  };
+
+  load_groups<PD, KEYS, THREADS>(k_tile, a, a.k, b, first, group);
+  if (DK) load_groups<PD, KEYS, THREADS>(v_tile, a, a.v, b, first, group);
+  float dk[1][DK ? PD / 8 : 1][4] = {}, dv[1][DV ? PD / 8 : 1][4] = {};
+  fetch(0, 0);
+  for (int step = 0; step < tiles * a.rep; step++) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const int row = step % 2 * QUERIES, now = first + step % tiles * QUERIES;
+    if (step + 1 < tiles * a.rep) fetch(step + 1, (step + 1) % 2);
+    if (now + QUERIES <= key) continue; /* all of them before the keys */
+    float s[1][N][4], dp[1][N][4];
+    score<PD>(s, k_tile, mine, q_tile, row);
+    if (DK) score<PD>(dp, v_tile, mine, d_tile, row);
+    const bool hides = now < key + 15 || ((a.starts || a.window) && first_seen(a, b, 0, min(now + QUERIES, a.T) - 1) > key);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const float4 two = *(const float4 *)(stats + row + 8 * n + 2 * j); /* queries 2j, 2j+1 */
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        float p = exp2_approx(s[0][n][c] * a.scale - (c % 2 ? two.z : two.x));
+        if (hides) {
+          const int query = now + 8 * n + 2 * j + c % 2, e = key + g + c / 2 * 8;
+          if (e > query || e < first_seen(a, b, 0, query)) p = 0;
+        }
+        s[0][n][c] = p;
+        if (DK) dp[0][n][c] = p * (dp[0][n][c] - (c % 2 ? two.w : two.y));
+      }
+    }
+    if constexpr (DV) weigh<PD>(dv, s, d_tile, row);
+    if constexpr (DK) weigh<PD>(dk, dp, q_tile, row);
+  }
+  __syncthreads();
+  const float one[1][2] = {{1, 1}}, scale[1][2] = {{a.scale * LN2, a.scale * LN2}};
+  auto place = [&](real *x, int row) { return key + row < a.T ? x + key_at(a, b, key + row, group) : (real *)nullptr; };
+  if constexpr (DK) store_sums<PD>(dk, scale, k_tile, mine, a.P, a.whole, [&](int row) { return place(a.dk, row); });
+  if constexpr (DV) store_sums<PD>(dv, one, k_tile, mine, a.P, a.whole, [&](int row) { return place(a.dv, row); });
+}
+
+template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static void run_keys(const Attention &a) {
+  constexpr size_t SHARED = (32 * WARPS + 4 * QUERIES) * PITCH<PD> * sizeof(real) + 2 * QUERIES * sizeof(float2);
+  LAUNCH((backward_keys<PD, WARPS, QUERIES, DK, DV>), dim3(a.B * a.G, ceil_div(a.T, 16 * WARPS)), 32 * WARPS, SHARED, a);
+}
+
+/* ---- dq ---------------------------------------------------------------------------------------------------------------------------------- */
+
+/* A block (b, h, rows of queries), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one tile ahead. */
+template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_queries(Attention a) {
+  constexpr int ROWS = 16 * MT * WARPS, THREADS = 32 * WARPS, N = KEYS / 8;
+  DYNAMIC_SHARED(real, q_tile);
+  real *const d_tile = q_tile + at<PD>(ROWS, 0), *const k_tile = d_tile + at<PD>(ROWS, 0), *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
+  const int h = blockIdx.x % a.H, b = blockIdx.x / a.H, first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
+  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
+  const int warp_full = first_seen(a, b, 0, min(warp_first + 16 * MT - 1, last)); /* from here on all its rows see */
+  auto fetch = [&](int e, int to) {
+    load_groups<PD, KEYS, THREADS>(k_tile + at<PD>(to * KEYS, 0), a, a.k, b, e, h / a.rep);
+    load_groups<PD, KEYS, THREADS>(v_tile + at<PD>(to * KEYS, 0), a, a.v, b, e, h / a.rep);
+    cp_async_commit();
+  };
+
+  load_heads<PD, ROWS, THREADS>(q_tile, a, a.q, b, first, h);
+  load_heads<PD, ROWS, THREADS>(d_tile, a, a.dout, b, first, h);
+  float2 stats[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) stats[m][i] = *stats_of(a, b, h, warp_first + 16 * m + 8 * i + g);
+  float dq[MT][PD / 8][4] = {};
+  int e = first_seen(a, b, 0, first) / KEYS * KEYS, buffer = 0;
+  fetch(e, 0);
+  for (; e <= last; e += KEYS, buffer ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (e + KEYS <= last) fetch(e + KEYS, buffer ^ 1);
+    if (e >= warp_first + 16 * MT) continue; /* above the diagonal */
+    float s[MT][N][4], dp[MT][N][4];
+    score<PD>(s, q_tile, mine, k_tile, buffer * KEYS);
+    score<PD>(dp, d_tile, mine, v_tile, buffer * KEYS);
+    const bool hides = e + KEYS > warp_first + 1 || e < warp_full;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int t = warp_first + 16 * m + 8 * i + g, from = hides ? first_seen(a, b, 0, t) - e : 0, to = hides ? t + 1 - e : KEYS;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+          for (int c = 2 * i; c < 2 * i + 2; c++) {
+            const int at = 8 * n + 2 * j + c % 2;
+            const float p = at < from || at >= to ? 0 : exp2_approx(s[m][n][c] * a.scale - stats[m][i].x);
+            dp[m][n][c] = p * (dp[m][n][c] - stats[m][i].y);
+          }
+      }
+    weigh<PD>(dq, dp, k_tile, buffer * KEYS);
+  }
+  float scale[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; m++) scale[m][0] = scale[m][1] = a.scale * LN2;
+  real *out = a.dq + query_at(a, b, warp_first, h);
+  store_sums<PD>(dq, scale, q_tile, mine, a.P, a.whole,
+                 [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
+}
+
+template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static void run_queries(const Attention &a) {
+  constexpr int ROWS = 16 * MT * WARPS;
+  LAUNCH((backward_queries<PD, MT, WARPS, KEYS, BLOCKS>), dim3(a.B * a.H, ceil_div(a.T, ROWS)), 32 * WARPS,
+         (2 * ROWS + 4 * KEYS) * PITCH<PD> * sizeof(real), a);
+}
+
+/* ---- any head dimension: a block a token, plain loops -------------------------------------------------------------------------------------- */
+
+/* Grid (T, G or H, B), 128 threads. KEYS: dk, dv of a key over the queries that see it; else dq of a query over its keys. Shared:
+ * the sums (P, or 2 P). */
+template <bool KEYS> static __global__ void backward_plain(Attention a) {
+  DYNAMIC_SHARED(float, sums);
+  __shared__ float weight[128], slope[128];
+  const int x = blockIdx.x, b = blockIdx.z, i = threadIdx.x, heads = KEYS ? a.rep : 1;
+  for (int c = i; c < (KEYS ? 2 : 1) * a.P; c += 128) sums[c] = 0;
+  for (int h = blockIdx.y * heads; h < (int)(blockIdx.y + 1) * heads; h++) {
+    const int from = KEYS ? x : first_seen(a, b, 0, x), to = KEYS ? a.T : x + 1;
+    for (int first = from; first < to; first += 128) {
+      const int y = first + i, t = KEYS ? y : x, e = KEYS ? x : y, n = min(128, to - first);
+      float s = 0, dp = 0, p = 0, delta = 0;
+      if (i < n && e >= first_seen(a, b, 0, t)) {
+        const real *q = a.q + query_at(a, b, t, h), *k = a.k + key_at(a, b, e, h / a.rep);
+        const real *dout = a.dout + query_at(a, b, t, h), *v = a.v + key_at(a, b, e, h / a.rep);
+        for (int c = 0; c < a.P; c++) s += load(q + c) * load(k + c), dp += load(dout + c) * load(v + c);
+        const float2 stats = *stats_of(a, b, h, t);
+        p = exp2f(s * a.scale - stats.x), delta = stats.y;
+      }
+      __syncthreads();
+      weight[i] = p, slope[i] = p * (dp - delta) * a.scale * LN2;
+      __syncthreads();
+      for (int c = i; c < a.P; c += 128)
+        for (int m = 0; m < n; m++) {
+          if (KEYS) sums[a.P + c] += weight[m] * load(a.dout + query_at(a, b, first + m, h) + c);
+          sums[c] += slope[m] * load((KEYS ? a.q + query_at(a, b, first + m, h) : a.k + key_at(a, b, first + m, h / a.rep)) + c);
+        }
+    }
+  }
+  for (int c = i; c < a.P; c += 128) {
+    if (KEYS) store(a.dv + key_at(a, b, x, blockIdx.y) + c, sums[a.P + c]);
+    store((KEYS ? a.dk + key_at(a, b, x, blockIdx.y) : a.dq + query_at(a, b, x, blockIdx.y)) + c, sums[c]);
+  }
+}
+
+/* ---- the op ------------------------------------------------------------------------------------------------------------------------------------ */
+
+/* Tiles, by the bytes of a row. */
+template <int PD> static void run_backward(const Attention &a) {
+  constexpr int BYTES = PD * sizeof(real), WARPS = BYTES <= 256 ? 8 : 4, QUERIES = BYTES <= 256 ? 64 : 16384 / BYTES;
+  if constexpr (PD <= (sizeof(real) == 2 ? 128 : 64)) {
+    run_keys<PD, WARPS, QUERIES, true, true>(a);
+  } else {
+    run_keys<PD, WARPS, QUERIES, true, false>(a);
+    run_keys<PD, WARPS, QUERIES, false, true>(a);
+  }
+  constexpr int MT = sizeof(real) == 2 && PD <= 128 ? 2 : 1;
+  run_queries<PD, MT, 4, BYTES <= 512 ? 32 : 16, BYTES <= 256 ? 2 : 1>(a);
+}
+
+void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v, const real *o,
+                        const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P) {
+  if (!B || !T || !H || !G) return;
+  Attention a = {};
+  a.o = (real *)o, a.dq = dq, a.dk = dk, a.dv = dv, a.lse = (float *)lse, a.q = q, a.k = k, a.v = v, a.dout = dout, a.rows = rows;
+  a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30), a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.rep = H / G;
+  a.whole = P % REALS_16 == 0 && all_aligned({dq, dk, dv, dout, q, k, v, o});
+  a.stats_T = (int)ceil_div(T, 128) * 128;
+  const size_t rows_of_stats = B * H * a.stats_T; /* behind starts: tiles may look there for tokens behind T, where p is 0 anyway */
+  const size_t starts = rows.prev ? round_16(B * T * sizeof *a.starts) : 0;
+  char *scratch = (char *)device_scratch(starts + rows_of_stats * sizeof *a.stats);
+  if (!scratch) return;
+  a.stats = (float2 *)(scratch + starts);
+  if (rows.prev) {
+    find_starts((int32_t *)scratch, rows.prev, B, T);
+    a.starts = (int32_t *)scratch;
+  }
+  LAUNCH(find_stats, ceil_div(rows_of_stats * 8, 256), 256, 0, a);
+  if (padded(P, [&](auto width) { run_backward<width>(a); })) return;
+  LAUNCH(backward_plain<true>, dim3(T, G, B), 128, 2 * P * sizeof(float), a);
+  LAUNCH(backward_plain<false>, dim3(T, H, B), 128, P * sizeof(float), a);
+}
