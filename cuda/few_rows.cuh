@@ -93,9 +93,9 @@ static __global__ void __launch_bounds__(THREADS)
 
 struct Few {
   Product p[MOST_PRODUCTS];      /* gated: gate and up, y in the first */
-  unsigned first[MOST_PRODUCTS]; /* a product's first tile */
-  unsigned tiles, M;
-  unsigned late, ahead; /* the next kernel may start when a block has `late` tiles left; stages that L2 gets beyond the rings */
+  unsigned first[MOST_PRODUCTS + 1]; /* a product's first unit of 8 outputs (of both, gated); behind the last: how many there are */
+  unsigned M;
+  unsigned late, ahead; /* the next kernel may start when a block has `late` units left; stages that L2 gets beyond the rings */
   int n, how;
   const real *x;
   const float *norm;
@@ -114,34 +114,43 @@ constexpr size_t few_shared(int groups, int cols, int depth, bool staged, size_t
          (staged ? M * (row_chunks(K) * 16 + (PARTS + 1) * sizeof(float)) : ring_bytes(depth, slabs_of(groups), cols));
 }
 
-__device__ static inline int product_of(const Few &c, unsigned tile) {
+/* Blocks share the units evenly, a run each; a tile is up to SIDE of them, of one product. */
+__device__ static inline unsigned run_begin(const Few &c, unsigned block) {
+  return (unsigned)((unsigned long long)c.first[c.n] * block / gridDim.x);
+}
+__device__ static inline int product_of(const Few &c, unsigned unit) {
   int product = 0;
   for (int i = 1; i < c.n; i++)
-    if (tile >= c.first[i]) product = i;
+    if (unit >= c.first[i]) product = i;
   return product;
 }
 
-/* Where a warp stands: a stage of a tile, and its rows of W there. The last tile's missing outputs read the last row. */
+/* Where a warp stands: a stage of a tile, and its rows of W there. A product's last unit reads its last row for outputs that are not. */
 template <int GROUPS, bool GATED> struct Cursor {
   static constexpr int SIDE = GATED ? GROUPS / 2 : GROUPS; /* groups of 8 outputs of one product */
   const bf16 *row[GROUPS];
-  unsigned tile, stage, stages;
+  unsigned unit, end, stage, stages;
+  int count, product; /* units of the tile, at most SIDE */
 
-  __device__ Cursor(const Few &c, unsigned stages, int g) : tile(blockIdx.x), stage(0), stages(stages) { find_rows(c, g); }
-  __device__ bool done(const Few &c) const { return tile >= c.tiles || !stages; }
+  __device__ Cursor(const Few &c, unsigned stages, int g) : unit(run_begin(c, blockIdx.x)), end(run_begin(c, blockIdx.x + 1)), stage(0), stages(stages) {
+    find_rows(c, g);
+  }
+  __device__ bool done() const { return unit >= end || !stages; }
   __device__ void find_rows(const Few &c, int g) {
-    const int product = GATED ? 0 : product_of(c, tile);
+    product = GATED ? 0 : product_of(c, unit);
+    const unsigned limit = min(end, c.first[product + 1]);
+    count = (int)min(limit - unit, (unsigned)SIDE);
 #pragma unroll
     for (int h = 0; h < GROUPS; h++) {
       const Product &p = c.p[GATED ? h / SIDE : product];
-      const size_t o = ((size_t)(tile - c.first[product]) * SIDE + h % SIDE) * 8 + g;
+      const size_t o = ((size_t)(unit - c.first[product]) + h % SIDE) * 8 + g;
       row[h] = (const bf16 *)p.w.data + (o < p.O ? o : p.O - 1) * c.K;
     }
   }
   __device__ void advance(const Few &c, int g) {
     if (++stage < stages) return;
-    stage = 0, tile += gridDim.x;
-    if (tile < c.tiles) find_rows(c, g);
+    stage = 0, unit += count;
+    if (unit < end) find_rows(c, g);
   }
 };
 
@@ -199,16 +208,16 @@ template <int GROUPS, int COLS, bool GATED> struct Outputs {
   float old[EACH], bias[EACH], bias_up[EACH];
   real *y;
   size_t first, O;
+  unsigned here; /* outputs of the tile */
 
   __device__ bool place(const Few &c, int e, unsigned *m, unsigned *o) const {
     const unsigned i = threadIdx.x + e * THREADS;
     *m = i / OUTS, *o = i % OUTS;
-    return *m < c.M && first + *o < O;
+    return *m < c.M && *o < here && first + *o < O;
   }
-  __device__ void read(const Few &c, unsigned tile) {
-    const int product = GATED ? 0 : product_of(c, tile);
+  __device__ void read(const Few &c, unsigned unit, int count, int product) {
     const float *from = c.p[product].bias, *up = GATED ? c.p[1].bias : nullptr;
-    y = c.p[product].y, O = c.p[product].O, first = (size_t)(tile - c.first[product]) * OUTS;
+    y = c.p[product].y, O = c.p[product].O, first = (size_t)(unit - c.first[product]) * 8, here = 8 * count;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
       unsigned m, o;
@@ -260,7 +269,7 @@ __device__ static void finish_tile(const float (&acc)[MMAS][COLS][4], float *par
 }
 
 template <int GROUPS, int COLS, int DEPTH, bool STAGED, bool GATED>
-static __global__ void __launch_bounds__(THREADS, 2) few_rows(const __grid_constant__ Few c) {
+static __global__ void __launch_bounds__(THREADS, 1) few_rows(const __grid_constant__ Few c) {
   constexpr int SLABS = slabs_of(GROUPS), MMAS = (GROUPS + 1) / 2, W_STAGE = SLABS * GROUPS * 32, X_STAGE = SLABS * COLS * 32;
   DYNAMIC_SHARED(unsigned char, memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, j = lane % 4;
@@ -275,12 +284,13 @@ static __global__ void __launch_bounds__(THREADS, 2) few_rows(const __grid_const
   /* W does not come from the kernel before: fill the rings, and let L2 have some more. */
   Cursor<GROUPS, GATED> w(c, units_of_part(c.K, warp) * 2 / SLABS, g);
   auto fetch_w = [&](unsigned slot) {
-    if (w.done(c)) return;
+    if (w.done()) return;
     const size_t k = k_of(w.stage);
 #pragma unroll
     for (int s = 0; s < SLABS; s++)
 #pragma unroll
-      for (int h = 0; h < GROUPS; h++) fetch<true>(ring + slot * W_STAGE + (s * GROUPS + h) * 32, w.row[h], k + 32 * s, c.K);
+      for (int h = 0; h < GROUPS; h++)
+        fetch<true>(ring + slot * W_STAGE + (s * GROUPS + h) * 32, w.row[h], h % w.SIDE < w.count ? k + 32 * s : c.K, c.K);
     w.advance(c, g);
   };
   for (int i = 0; i < DEPTH - 1; i++) {
@@ -288,16 +298,17 @@ static __global__ void __launch_bounds__(THREADS, 2) few_rows(const __grid_const
     cp_async_commit();
   }
   Cursor<GROUPS, GATED> far = w;
-  for (unsigned i = 0; i < c.ahead && !far.done(c); i++, far.advance(c, g))
+  for (unsigned i = 0; i < c.ahead && !far.done(); i++, far.advance(c, g))
 #pragma unroll
     for (int h = 0; h < GROUPS; h++)
 #pragma unroll
       for (int s = 0; s < SLABS; s++)
-        if (j % 2 == 0 && k_of(far.stage) + 32 * s < c.K) prefetch_l2(far.row[h] + k_of(far.stage) + 32 * s);
+        if (j % 2 == 0 && h % far.SIDE < far.count && k_of(far.stage) + 32 * s < c.K) prefetch_l2(far.row[h] + k_of(far.stage) + 32 * s);
   if (c.norm)
     for (size_t k = 8 * threadIdx.x; k < c.K; k += 8 * THREADS) prefetch_l2(c.norm + k);
   wait_for_previous_kernel();
-  if (blockIdx.x + c.late * gridDim.x >= c.tiles) let_next_kernel_start();
+  Cursor<GROUPS, GATED> here(c, 1, g); /* the tile that is computed */
+  if (here.end - here.unit <= c.late) let_next_kernel_start();
 
   /* Rows of x that do not exist are the last one: what comes of them is not stored. */
   const uint4 *staged[COLS];
@@ -326,10 +337,10 @@ static __global__ void __launch_bounds__(THREADS, 2) few_rows(const __grid_const
     }
 
   unsigned slot = 0;
-  for (unsigned tile = blockIdx.x; tile < c.tiles; tile += gridDim.x) {
+  for (; !here.done(); here.advance(c, g)) {
     Outputs<GROUPS, COLS, GATED> out;
-    out.read(c, tile);
-    if (tile + c.late * gridDim.x >= c.tiles) let_next_kernel_start();
+    out.read(c, here.unit, here.count, here.product);
+    if (here.end - here.unit <= c.late) let_next_kernel_start();
     float acc[MMAS][COLS][4] = {};
     for (unsigned stage = 0; stage < w.stages; stage++) {
       const unsigned free = slot ? slot - 1 : DEPTH - 1;

@@ -14,62 +14,45 @@ static size_t shared_limit() {
   return limit;
 }
 
-/* How few_rows is launched for a call. groups 0: it is not. */
+/* Products' units of 8 outputs, one behind the other; a gated pair has those of one product. */
+static unsigned find_units(Few *c, bool gated) {
+  size_t units = 0;
+  for (int i = 0; i < c->n; i++) {
+    c->first[i] = (unsigned)units;
+    if (!gated || !i) units += ceil_div(c->p[i].O, 8);
+  }
+  if (gated) c->first[1] = (unsigned)units;
+  return c->first[c->n] = (unsigned)units;
+}
+
+/* How few_rows is launched: the deepest rings that fit, beside staged rows of x if those fit; a norm and a gated pair need them staged.
+ * depth 0: it is not. */
 struct Shape {
-  int groups;
+  int depth;
   bool staged;
   size_t shared;
 };
-constexpr int depth_of(int groups) { return groups == 1 ? 8 : 4; } /* rings of 64 KiB, and as much ahead in L2 */
-
-/* Tiles of `outs` outputs; a gated pair has those of one product. */
-static unsigned find_tiles(Few *c, int outs, bool gated) {
-  size_t tiles = 0;
-  for (int i = 0; i < (gated ? 1 : c->n); i++) {
-    c->first[i] = (unsigned)tiles;
-    tiles += ceil_div(c->p[i].O, outs);
-  }
-  return c->tiles = (unsigned)tiles;
-}
-
-/* x is staged if two kernels still fit a multiprocessor, so that this one can start beside the one before; always for a norm.
- * Of the shapes that fit, the one whose fullest multiprocessor reads least: W from memory, or W and rings of x from L2, which
- * is 3/2 as fast. */
-static Shape choose(Few c, bool gated) {
+constexpr int TILE = 4; /* units of a tile */
+static Shape choose(const Few &c, bool gated) {
   const int cols = c.M > 8 ? 2 : 1;
-  Shape best = {};
-  double least = 0;
-  for (int groups : {2, 4, 1}) {
-    if (gated && groups == 1) continue;
-    const int depth = depth_of(groups);
-    const size_t staged = few_shared(groups, cols, depth, true, c.M, c.K);
-    const bool stage = c.norm || gated || staged <= (shared_limit() - 1024) / 2; /* a block costs 1 KiB more */
-    const size_t bytes = stage ? staged : few_shared(groups, cols, depth, false, c.M, c.K);
-    if (bytes > shared_limit()) continue;
-    const double waves = (double)ceil_div(find_tiles(&c, 8 * groups / (1 + gated), gated), multiprocessors());
-    const double memory = waves * groups, l2 = stage ? 0 : (memory + waves * c.M / 8) / 1.5, time = memory > l2 ? memory : l2;
-    if (!best.groups || time < least) best = {groups, stage, bytes}, least = time;
-  }
-  return best;
+  for (bool staged : {true, false})
+    for (int depth : {6, 4}) {
+      const size_t bytes = few_shared(TILE, cols, depth, staged, c.M, c.K);
+      if (bytes <= shared_limit() && (staged || !(c.norm || gated))) return {depth, staged, bytes};
+    }
+  return {};
 }
 
-template <int GROUPS, int COLS, bool STAGED, bool GATED> static void start_few(Few &c, size_t shared) {
-  const unsigned tiles = find_tiles(&c, 8 * Cursor<GROUPS, GATED>::SIDE, GATED);
-  /* The next kernel may start when a block has about 128 KiB of W left: what it brought to L2 earlier would be lost by then. */
-  c.late = (unsigned)(1 + (128 << 10) / (8 * GROUPS * sizeof(bf16) * (c.K + 1)));
-  c.ahead = depth_of(GROUPS);
-  const unsigned blocks = blocks_for(tiles, 1, multiprocessors());
-  LAUNCH_EARLY((few_rows<GROUPS, COLS, depth_of(GROUPS), STAGED, GATED>), blocks, THREADS, shared, c);
+/* The next kernel may start when a block has about 64 KiB of W left; L2 has as much ahead as the rings have. */
+template <int COLS, int DEPTH, bool STAGED, bool GATED> static void start_few(Few &c, size_t shared) {
+  const unsigned units = find_units(&c, GATED);
+  c.late = (unsigned)((64 << 10) / (8 * (1 + GATED) * sizeof(bf16) * (c.K + 1)) + 1), c.ahead = DEPTH;
+  LAUNCH_EARLY((few_rows<TILE, COLS, DEPTH, STAGED, GATED>), blocks_for(units, 1, multiprocessors()), THREADS, shared, c);
 }
-template <int GROUPS, int COLS> static void start_few(Few &c, const Shape &s, bool gated) {
-  if constexpr (GROUPS > 1)
-    if (gated) return start_few<GROUPS, COLS, true, true>(c, s.shared);
-  if (s.staged) return start_few<GROUPS, COLS, true, false>(c, s.shared);
-  start_few<GROUPS, COLS, false, false>(c, s.shared);
-}
-template <int GROUPS> static void start_few(Few &c, const Shape &s, bool gated) {
-  if (c.M > 8) return start_few<GROUPS, 2>(c, s, gated);
-  start_few<GROUPS, 1>(c, s, gated);
+template <int COLS, int DEPTH> static void start_few(Few &c, const Shape &s, bool gated) {
+  if (gated) return start_few<COLS, DEPTH, true, true>(c, s.shared);
+  if (s.staged) return start_few<COLS, DEPTH, true, false>(c, s.shared);
+  start_few<COLS, DEPTH, false, false>(c, s.shared);
 }
 
 /* All products in one launch, if that is possible: at most 16 rows of bf16 and whole 16-byte vectors. `real` is bf16 where R
@@ -84,11 +67,12 @@ template <class R> static bool one_launch(Few c, bool gated) {
   if (c.M > 16 || vectors & 15) return false;
   const Shape s = choose(c, gated);
   if constexpr (sizeof(R) == sizeof(bf16)) {
-    if (s.groups == 1) start_few<1>(c, s, gated);
-    if (s.groups == 2) start_few<2>(c, s, gated);
-    if (s.groups == 4) start_few<4>(c, s, gated);
+    if (s.depth == 6 && c.M <= 8) start_few<1, 6>(c, s, gated);
+    if (s.depth == 6 && c.M > 8) start_few<2, 6>(c, s, gated);
+    if (s.depth == 4 && c.M <= 8) start_few<1, 4>(c, s, gated);
+    if (s.depth == 4 && c.M > 8) start_few<2, 4>(c, s, gated);
   }
-  return s.groups > 0;
+  return s.depth > 0;
 }
 
 template <int OUTS, int ROWS, int WARPS_O, int DEPTH, bool ALIGNED = true>

@@ -1,0 +1,139 @@
+"""The same model on a GPU: logits, gradients, decoding, speculation and training against the CPU's, on `_cuda32` and `_cuda`."""
+import numpy as np
+import pytest
+
+import mambainllama as mil
+
+pytestmark = pytest.mark.cuda
+V = 97
+CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": V, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+          "max_position_embeddings": 512, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": None}
+# ||gpu - cpu|| / ||cpu||: float32 in another order; bf16 activations against float ones through four layers, and back.
+LOGITS, GRADIENTS = {"float32": 1e-4, "bfloat16": 6e-2}, {"float32": 1e-3, "bfloat16": 0.15}
+
+
+def hybrid(tied=False):
+    model = mil.random(CONFIG | {"tie_word_embeddings": tied}, seed=3)
+    return mil.convert(mil.convert(model, mamba_layers=[1], mixer="mamba2", seed=1), mamba_layers=[2], mixer="mamba1", seed=2) if tied else \
+        mil.convert(model, mamba_layers=[1, 2], mixer="mamba2", seed=1)
+
+
+def open_on(folder, dtype, device="cuda"):
+    try:
+        return mil.load(folder, device=device, dtype=dtype)
+    except ValueError as error:
+        if device == "cuda" and "device 'cuda'" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(scope="module", params=[(d, t) for d in ("float32", "bfloat16") for t in (False, True)], ids=lambda p: f"{p[0]}-{'mamba1' if p[1] else 'mamba2'}")
+def pair(request, tmp_path_factory):
+    """(on the GPU, the same on the CPU, dtype)"""
+    dtype, tied = request.param
+    folder = tmp_path_factory.mktemp("model")
+    mil.save(hybrid(tied), folder)
+    return open_on(folder, dtype), mil.load(folder, dtype=dtype), dtype
+
+
+def error(a, b):
+    assert np.isfinite(a).all()
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, V, shape).astype(np.int32)
+
+
+def test_logits(pair):
+    gpu, cpu, dtype = pair
+    for T in (1, 7, 64, 129):
+        assert error(gpu.logits(draw(2, T)), cpu.logits(draw(2, T))) < LOGITS[dtype], T
+
+
+def test_gradients(pair):
+    gpu, cpu, dtype = pair
+    ids, targets = draw(2, 70), draw(2, 70, seed=1)
+    targets[0, :20] = -100
+    prev = np.tile(np.arange(70, dtype=np.int32) - 1, (2, 1))
+    prev[1, 33] = -2
+    for recompute in (False, True):
+        for model in (gpu, cpu):
+            model.trainable()
+            model.zero_grad()
+        ours, theirs = (m.loss(ids, targets, prev=prev, backward=True, recompute=recompute) for m in (gpu, cpu))
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOGITS[dtype])
+        for name in gpu.names:
+            assert error(gpu.grad(name), cpu.grad(name)) < GRADIENTS[dtype], name
+
+
+def test_prefill_and_steps_equal_one_forward(pair):
+    gpu, _, dtype = pair
+    ids = draw(2, 80)
+    whole = gpu.logits(ids)
+    state = mil.State(gpu, 3, 100)
+    slot = np.array([2, 0], np.int32)
+    first = gpu.logits(ids[:, :50], state, slot=slot)
+    steps = [gpu.logits(ids[:, t:t + 1], state, slot=slot) for t in range(50, 60)]
+    drafts = gpu.logits(ids[:, 60:65], state, slot=slot, keep=0)  # rejected: it never happened
+    state.commit(2, rows=slot)
+    rest = gpu.logits(ids[:, 62:], state, slot=slot)
+    assert error(np.concatenate([first, *steps, drafts[:, :2], rest], 1), whole) < LOGITS[dtype]
+
+
+def test_a_row_has_its_own_bits(pair):
+    """Whatever runs beside it, and however its tokens are grouped into calls."""
+    gpu, _, _ = pair
+    ids = draw(5, 20)
+    together, alone = mil.State(gpu, 5, 64), mil.State(gpu, 1, 64)
+    gpu.logits(ids[:, :4], together)
+    gpu.logits(ids[3:4, :4], alone)
+    a = np.concatenate([gpu.logits(ids[:, t:t + 4], together) for t in range(4, 20, 4)], 1)[3]
+    b = np.concatenate([gpu.logits(ids[3:4, t:t + 1], alone) for t in range(4, 20)], 1)[0]
+    assert a.tobytes() == b.tobytes()
+
+
+def test_speculation_changes_nothing(pair):
+    gpu, _, _ = pair
+    prompts = [draw(n, seed=n).tolist() for n in (1, 5, 23, 40)]
+    plain = mil.generate(gpu, prompts, max_new_tokens=24, stop_tokens=[])
+    for draft in (gpu, mil.convert(gpu, mamba_layers=[0], mixer="mamba2", init="random")):
+        drafted = mil.generate(gpu, prompts, max_new_tokens=24, stop_tokens=[], draft=draft, lookahead=3, batch=2)
+        assert [row.tokens for row in drafted] == [row.tokens for row in plain]
+    assert drafted.stats["drafted"] > 0
+
+
+def test_sampled_rows_depend_on_the_seed_alone(pair):
+    gpu, _, _ = pair
+    prompts = [draw(n, seed=n).tolist() for n in (3, 9, 14)]
+    how = dict(max_new_tokens=12, temperature=0.9, top_p=0.9, top_k=40, seed=5, stop_tokens=[])
+    together = [row.tokens for row in mil.generate(gpu, prompts, **how)]
+    assert together == [row.tokens for row in mil.generate(gpu, prompts, batch=1, **how)]
+    assert together != [row.tokens for row in mil.generate(gpu, prompts, **how | {"seed": 6})]
+
+
+def test_training_has_the_same_bits_twice(pair, tmp_path):
+    gpu, _, dtype = pair
+    mil.save(gpu, tmp_path / "start")
+    weights = []
+    for run in range(2):
+        teacher = open_on(tmp_path / "start", dtype)
+        student = mil.convert(teacher, mamba_layers=[0], mixer="mamba2", seed=4)
+        for step in range(3):
+            losses = student.loss(draw(2, 40, seed=step), draw(2, 40, seed=step + 9), teacher=teacher, kl=1.0, ce=0.1, backward=True)
+            norm = student.grad_norm()
+            student.step(1e-3, scale=min(1.0, 1.0 / norm), step=step + 1)
+            student.zero_grad()
+        weights.append({name: student.raw(name) for name in student.names})
+    assert np.isfinite(losses["loss"])
+    assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[0])
+
+
+def test_out_of_memory_names_the_request_and_leaves_the_process_usable(pair):
+    gpu, _, _ = pair
+    with pytest.raises(MemoryError, match="GiB asked for"):
+        mil.State(gpu, 1 << 16, 1 << 20)
+    assert np.isfinite(gpu.logits(draw(1, 8))).all()
+    used, peak = gpu.module.memory()
+    assert 0 < used <= peak
