@@ -3,7 +3,7 @@
 
 /* dgate, dup NULL: forward, y = silu(gate) up; else backward from dy. 16 bytes a thread where the arrays allow it. */
 static __device__ void swiglu_one(float &a, float &b, float gate, float up, const float *dy) {
-  const float s = sigmoid(gate);
+  const float s = 1.0f / (1.0f + __expf(-gate));
   if (!dy) {
     a = gate * s * up;
     return;
@@ -14,14 +14,24 @@ static __device__ void swiglu_one(float &a, float &b, float gate, float up, cons
 
 static __global__ void swiglu(real *y, real *dup, const real *dy, const real *gate, const real *up, size_t n, size_t vectors) {
   const size_t stride = (size_t)gridDim.x * blockDim.x, first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-  for (size_t i = first; i < vectors; i += stride) {
-    float g[REALS_16], u[REALS_16], d[REALS_16], a[REALS_16], b[REALS_16];
-    load_16(g, gate + i * REALS_16);
-    load_16(u, up + i * REALS_16);
-    if (dy) load_16(d, dy + i * REALS_16);
-    for (int k = 0; k < REALS_16; k++) swiglu_one(a[k], b[k], g[k], u[k], dy ? d + k : nullptr);
-    store_16(y + i * REALS_16, a);
-    if (dy) store_16(dup + i * REALS_16, b);
+  for (size_t i = first; i < vectors; i += 2 * stride) { /* two vectors' loads are under way together */
+    float g[2][REALS_16], u[2][REALS_16], d[2][REALS_16], a[REALS_16], b[REALS_16];
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+      const size_t at = i + q * stride < vectors ? i + q * stride : i;
+      load_16(g[q], gate + at * REALS_16);
+      load_16(u[q], up + at * REALS_16);
+      if (dy) load_16(d[q], dy + at * REALS_16);
+    }
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+      const size_t at = i + q * stride;
+      if (at >= vectors) break;
+#pragma unroll
+      for (int k = 0; k < REALS_16; k++) swiglu_one(a[k], b[k], g[q][k], u[q][k], dy ? d[q] + k : nullptr);
+      store_16(y + at * REALS_16, a);
+      if (dy) store_16(dup + at * REALS_16, b);
+    }
   }
   for (size_t i = vectors * REALS_16 + first; i < n; i += stride) {
     float a, b, d = dy ? load(dy + i) : 0;

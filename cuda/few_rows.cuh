@@ -35,7 +35,7 @@ __device__ static inline void add_slab(float (&c)[4], uint4 low, uint4 high, uin
 /* Elements k … k+7 of a row of K to shared memory, zeros from K on. ALIGNED: rows start at 16 bytes, K is a multiple of 8. */
 template <bool ALIGNED> __device__ static inline void fetch(uint4 *to, const bf16 *row, size_t k, size_t K) {
   if constexpr (ALIGNED) {
-    cp_async_16(to, k < K ? row + k : row, k < K ? 16 : 0);
+    cp_async_16_ahead(to, k < K ? row + k : row, k < K ? 16 : 0);
   } else {
     unsigned word[4];
     for (int i = 0; i < 4; i++) {
@@ -95,7 +95,7 @@ struct Few {
   Product p[MOST_PRODUCTS];      /* gated: gate and up, y in the first */
   unsigned first[MOST_PRODUCTS + 1]; /* a product's first unit of 8 outputs (of both, gated); behind the last: how many there are */
   unsigned M;
-  unsigned late, ahead; /* the next kernel may start when a block has `late` units left; stages that L2 gets beyond the rings */
+  unsigned late; /* the next kernel may start when a block has `late` units left */
   int n, how;
   const real *x;
   const float *norm;
@@ -281,7 +281,7 @@ static __global__ void __launch_bounds__(THREADS, 1) few_rows(const __grid_const
     return (size_t)(stage * SLABS / 2 * PARTS + warp) * UNIT + (SLABS == 1 ? stage % 2 * 32 : 0) + 8 * j;
   };
 
-  /* W does not come from the kernel before: fill the rings, and let L2 have some more. */
+  /* W does not come from the kernel before: fill the rings. */
   Cursor<GROUPS, GATED> w(c, units_of_part(c.K, warp) * 2 / SLABS, g);
   auto fetch_w = [&](unsigned slot) {
     if (w.done()) return;
@@ -297,13 +297,6 @@ static __global__ void __launch_bounds__(THREADS, 1) few_rows(const __grid_const
     fetch_w(i);
     cp_async_commit();
   }
-  Cursor<GROUPS, GATED> far = w;
-  for (unsigned i = 0; i < c.ahead && !far.done(); i++, far.advance(c, g))
-#pragma unroll
-    for (int h = 0; h < GROUPS; h++)
-#pragma unroll
-      for (int s = 0; s < SLABS; s++)
-        if (j % 2 == 0 && h % far.SIDE < far.count && k_of(far.stage) + 32 * s < c.K) prefetch_l2(far.row[h] + k_of(far.stage) + 32 * s);
   if (c.norm)
     for (size_t k = 8 * threadIdx.x; k < c.K; k += 8 * THREADS) prefetch_l2(c.norm + k);
   wait_for_previous_kernel();

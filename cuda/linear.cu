@@ -43,10 +43,10 @@ static Shape choose(const Few &c, bool gated) {
   return {};
 }
 
-/* The next kernel may start when a block has about 64 KiB of W left; L2 has as much ahead as the rings have. */
+/* The next kernel may start when a block has about 64 KiB of W left. */
 template <int COLS, int DEPTH, bool STAGED, bool GATED> static void start_few(Few &c, size_t shared) {
   const unsigned units = find_units(&c, GATED);
-  c.late = (unsigned)((64 << 10) / (8 * (1 + GATED) * sizeof(bf16) * (c.K + 1)) + 1), c.ahead = DEPTH;
+  c.late = (unsigned)((64 << 10) / (8 * (1 + GATED) * sizeof(bf16) * (c.K + 1)) + 1);
   LAUNCH_EARLY((few_rows<TILE, COLS, DEPTH, STAGED, GATED>), blocks_for(units, 1, multiprocessors()), THREADS, shared, c);
 }
 template <int COLS, int DEPTH> static void start_few(Few &c, const Shape &s, bool gated) {

@@ -20,39 +20,41 @@ struct Chunk {
   size_t V;
 };
 
-/* max x and sum exp((x - max) beta), so far. */
 struct Softmax {
-  float max, sum;
+  float max, sum; /* max x, sum exp((x - max) beta) */
 };
-__device__ Softmax join(Softmax a, Softmax b, float beta) {
-  const float max = fmaxf(a.max, b.max);
-  if (max == -INFINITY) return a;
-  return {max, a.sum * exp_((a.max - max) * beta) + b.sum * exp_((b.max - max) * beta)};
+
+/* f(x's elements, u's, count) over a row, four at a time where rows begin at 16 bytes; u may be NULL. Thread t takes the pieces t, t +
+ * THREADS, …, in order. */
+template <class F> __device__ void each_4(const float *x, const float *u, size_t V, F f) {
+  const bool whole = !(((uintptr_t)x | (uintptr_t)u) & 15);
+  const size_t cut = whole ? V / 4 * 4 : 0;
+#pragma unroll 2
+  for (size_t i = 4 * threadIdx.x; i < cut; i += 4 * THREADS) {
+    float a[4], b[4] = {};
+    load_16(a, x + i);
+    if (u) load_16(b, u + i);
+    f(a, b, 4, i);
+  }
+  for (size_t i = cut + threadIdx.x; i < V; i += THREADS) {
+    const float a[4] = {x[i]}, b[4] = {u ? u[i] : 0};
+    f(a, b, 1, i);
+  }
 }
 
-/* Of the row, in every thread; an order fixed by the thread's number. */
+/* Of the row, in every thread. */
 __device__ Softmax softmax(const float *x, float beta, size_t V) {
-  __shared__ Softmax part[32];
-  Softmax mine = {-INFINITY, 0};
-  for (size_t i = threadIdx.x; i < V; i += THREADS) {
-    const float v = x[i];
-    if (v > mine.max) {
-      mine.sum = mine.sum * exp_((mine.max - v) * beta) + 1;
-      mine.max = v;
-    } else if (v > -INFINITY) {
-      mine.sum += exp_((v - mine.max) * beta);
-    }
-  }
-  for (int d = 16; d; d /= 2) {
-    const Softmax other = {__shfl_xor_sync(0xffffffffu, mine.max, d), __shfl_xor_sync(0xffffffffu, mine.sum, d)};
-    mine = threadIdx.x & d ? join(other, mine, beta) : join(mine, other, beta);
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = mine;
-  __syncthreads();
-  Softmax all = part[0];
-  for (int w = 1; w < THREADS / 32; w++) all = join(all, part[w], beta);
-  return all;
+  float max = -INFINITY, sum = 0;
+  each_4(x, nullptr, V, [&](const float *a, const float *, int n, size_t) {
+    for (int k = 0; k < n; k++) max = fmaxf(max, a[k]);
+  });
+  max = block_max(max);
+  each_4(x, nullptr, V, [&](const float *a, const float *, int n, size_t) {
+    float part = 0;
+    for (int k = 0; k < n; k++) part += exp_((a[k] - max) * beta);
+    sum += part;
+  });
+  return {max, block_sum(sum)};
 }
 
 __device__ float weight_of(const float *w, const int32_t *target, size_t i) { return w ? w[i] : target[i] >= 0 ? 1.0f : 0.0f; }
@@ -79,10 +81,14 @@ __global__ void loss_rows(Chunk r) {
     const double exact = log((double)t.sum) - log((double)s.sum);
     shift = (float)exact;
     double sum = 0;
-    for (size_t k = threadIdx.x; k < V; k += THREADS) {
-      const float d = log_ratio(u[k], z[k], t, s, beta, shift);
-      sum += r.kind ? -exp_((z[k] - s.max) * beta) * d : exp_((u[k] - t.max) * beta) * d;
-    }
+    each_4(z, u, V, [&](const float *a, const float *b, int n, size_t) {
+      float part = 0;
+      for (int k = 0; k < n; k++) {
+        const float d = log_ratio(b[k], a[k], t, s, beta, shift);
+        part += r.kind ? -exp_((a[k] - s.max) * beta) * d : exp_((b[k] - t.max) * beta) * d;
+      }
+      sum += part;
+    });
     kl = (float)(block_sum(sum) / (r.kind ? s.sum : t.sum) + (r.kind ? -1 : 1) * (shift - exact));
   }
   if (threadIdx.x == 0) {
@@ -92,14 +98,15 @@ __global__ void loss_rows(Chunk r) {
   if (!dz) return;
   __syncthreads(); /* dz may be z */
   const float a = target < 0 ? 0 : wce / p.sum, b = u ? wkl * r.tau / s.sum : 0, c = u ? wkl * r.tau / t.sum : 0;
-  for (size_t k = threadIdx.x; k < V; k += THREADS) {
-    const float zk = z[k];
-    float g = a * exp_(zk - p.max);
-    if (u && r.kind) g += b * exp_((zk - s.max) * beta) * (-log_ratio(u[k], zk, t, s, beta, shift) - kl);
-    if (u && !r.kind) g += b * exp_((zk - s.max) * beta) - c * exp_((u[k] - t.max) * beta);
-    if ((int64_t)k == target) g -= wce;
-    store(dz + k, g);
-  }
+  each_4(z, u, V, [&](const float *x, const float *y, int n, size_t at) {
+    for (int k = 0; k < n; k++) {
+      float g = a * exp_(x[k] - p.max);
+      if (u && r.kind) g += b * exp_((x[k] - s.max) * beta) * (-log_ratio(y[k], x[k], t, s, beta, shift) - kl);
+      if (u && !r.kind) g += b * exp_((x[k] - s.max) * beta) - c * exp_((y[k] - t.max) * beta);
+      if ((int64_t)(at + k) == target) g -= wce;
+      store(dz + at + k, g);
+    }
+  });
 }
 
 /* z (n,V) float = h (n,C) w^T */

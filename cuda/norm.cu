@@ -6,7 +6,7 @@
 
 namespace {
 
-enum { THREADS = 256, WARP_ROW = 1024 };
+enum { THREADS = 256, WARP_ROW = 1024, KEPT = 2 }; /* pieces of a row that a thread keeps in registers, if these are all */
 
 template <int LANES> __device__ float row_sum(float v) { return LANES == 32 ? warp_sum(v) : block_sum(v); }
 
@@ -25,13 +25,44 @@ template <int LANES> __device__ float inverse_rms(const real *x, const real *z, 
   return rsqrtf(row_sum<LANES>(sum) / (float)C + eps);
 }
 
+/* One row, read once; the sums in the order of inverse_rms. */
+template <int LANES> __device__ void norm_kept(real *y, const real *x, const real *z, const float *w, float eps, size_t C, int lane) {
+  float v[KEPT][REALS_16], g[REALS_16], sum = 0;
+#pragma unroll
+  for (int k = 0; k < KEPT; k++) {
+    const size_t c = (size_t)(lane + k * LANES) * REALS_16;
+    if (c >= C) break;
+    load_16(v[k], x + c);
+    if (z) load_16(g, z + c);
+#pragma unroll
+    for (int i = 0; i < REALS_16; i++) {
+      if (z) v[k][i] *= silu(g[i]);
+      sum += v[k][i] * v[k][i];
+    }
+  }
+  const float scale = rsqrtf(row_sum<LANES>(sum) / (float)C + eps);
+#pragma unroll
+  for (int k = 0; k < KEPT; k++) {
+    const size_t c = (size_t)(lane + k * LANES) * REALS_16;
+    if (c >= C) break;
+#pragma unroll
+    for (int i = 0; i < REALS_16; i++) v[k][i] = v[k][i] * scale * w[c + i];
+    store_16(y + c, v[k]);
+  }
+}
+
 /* Rows r of M*H; row r's weight is w + r % H * C. z NULL: plain. */
 template <int LANES> __global__ void norm_rows(real *y, const real *x, const real *z, const float *w, float eps, size_t rows, size_t H, size_t C, bool whole) {
   const int lane = threadIdx.x % LANES, groups = THREADS / LANES;
   wait_for_previous_kernel();
   for (size_t r = (size_t)blockIdx.x * groups + threadIdx.x / LANES; r < rows; r += (size_t)gridDim.x * groups) {
     const real *row = x + r * C, *gate = z ? z + r * C : nullptr;
-    const float scale = inverse_rms<LANES>(row, gate, eps, C, whole, lane), *weight = w + r % H * C;
+    const float *weight = w + r % H * C;
+    if (whole && C <= (size_t)KEPT * LANES * REALS_16) {
+      norm_kept<LANES>(y + r * C, row, gate, weight, eps, C, lane);
+      continue;
+    }
+    const float scale = inverse_rms<LANES>(row, gate, eps, C, whole, lane);
     each_piece(C, whole, lane, LANES, [&](auto N, size_t c) {
       float v[N], g[N];
       load_piece(v, row + c);

@@ -44,6 +44,10 @@ __device__ static inline void ldmatrix_x2_trans(unsigned (&r)[2], const void *ro
 __device__ static inline void cp_async_16(void *shared, const void *global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
+/* The same, and L2 gets the whole aligned 256 bytes around it. */
+__device__ static inline void cp_async_16_ahead(void *shared, const void *global, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
 __device__ static inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 /* At most N of this thread's groups are still under way. */
 template <int N> __device__ static inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"); }

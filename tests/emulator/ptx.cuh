@@ -48,6 +48,7 @@ static inline void cp_async_16(void *shared, const void *global, int bytes = 16)
   memset(shared, 0, 16);
   memcpy(shared, global, (size_t)bytes);
 }
+static inline void cp_async_16_ahead(void *shared, const void *global, int bytes = 16) { cp_async_16(shared, global, bytes); }
 static inline void cp_async_commit() {}
 template <int N> static inline void cp_async_wait() {}
 static inline void wait_for_previous_kernel() {}
