@@ -9,7 +9,7 @@
 
 namespace {
 
-enum { THREADS = 1024, BINS = 2048, SPLITS = 16 };
+enum { THREADS = 1024, BINS = 2048, SPLITS = 64 };
 typedef unsigned long long Mass;
 
 struct Settings {
@@ -52,6 +52,7 @@ __global__ void argmax_parts(Best *part, const float *logits, size_t rows, size_
   const size_t row = blockIdx.y + (size_t)gridDim.y * blockIdx.z, from = V * blockIdx.x / SPLITS, to = V * (blockIdx.x + 1) / SPLITS;
   if (row >= rows) return;
   Best mine = {-INFINITY, 0};
+#pragma unroll 4
   for (size_t i = from + threadIdx.x; i < to; i += blockDim.x) {
     const float v = logits[row * V + i];
     if (v > mine.value) mine = {v, (int32_t)i};

@@ -137,3 +137,28 @@ def test_out_of_memory_names_the_request_and_leaves_the_process_usable(pair):
     assert np.isfinite(gpu.logits(draw(1, 8))).all()
     used, peak = gpu.module.memory()
     assert 0 < used <= peak
+
+
+@pytest.mark.parity
+def test_logits_and_choices_equal_transformers(tmp_path):
+    """float32 within 1e-4 of float32 transformers; bf16 as near to it as transformers' own bf16, and the same choice wherever that error
+    leaves no doubt."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2,
+                                      vocab_size=1000, max_position_embeddings=256, initializer_range=0.08)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for p in theirs.parameters():
+        p.data = p.data.to(torch.bfloat16).float()
+    theirs.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 1000, (16, 64))
+    with torch.no_grad():
+        exact = theirs(torch.tensor(ids)).logits.numpy()
+        halves = theirs.to(torch.bfloat16)(torch.tensor(ids)).logits.float().numpy()
+    assert error(open_on(tmp_path, "float32").logits(ids), exact) < 1e-4
+    ours = open_on(tmp_path, "bfloat16").logits(ids)
+    rms, theirs_rms = (np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, halves))
+    assert rms <= 1.5 * theirs_rms
+    best = np.sort(exact, -1)
+    sure = best[..., -1] - best[..., -2] > 4 * rms
+    assert sure.any() and (ours.argmax(-1) == exact.argmax(-1))[sure].all()
