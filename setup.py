@@ -81,7 +81,7 @@ class Emulator:
 
     def command(self, source, target, macros):
         sanitize = [f for f in FLAGS if f.startswith("-f") and "sanitize" in f or f == "-g"]
-        return [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function",
+        return [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O2", "-g1", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function",
                 *sanitize, *macros, "-Itests/emulator", "-Icsrc", "-Icuda", "-c", source, "-o", target]
 
 

@@ -14,14 +14,12 @@
 constexpr int STEPS = sizeof(real) == 2 ? 16 : 1; /* of a product to unroll: fragments of float take many registers */
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-/* f(width) with the head dimension padded to a width that kernels are made for; false: too large. */
+/* f(width) with the head dimension padded to a width that kernels are made for; false: too large, or f cannot. */
 template <class F> static bool padded(size_t P, F f) {
-  if (P > 256) return false;
-  if (P <= 32) f(std::integral_constant<int, 32>());
-  else if (P <= 64) f(std::integral_constant<int, 64>());
-  else if (P <= 128) f(std::integral_constant<int, 128>());
-  else f(std::integral_constant<int, 256>());
-  return true;
+  if (P <= 32) return f(std::integral_constant<int, 32>());
+  if (P <= 64) return f(std::integral_constant<int, 64>());
+  if (P <= 128) return f(std::integral_constant<int, 128>());
+  return P <= 256 && f(std::integral_constant<int, 256>());
 }
 
 /* ---- tiles in shared memory: rows of COLS reals and 16 unused bytes, so that eight rows' units fall into different banks ------------ */
@@ -42,26 +40,44 @@ __device__ static inline void put(__nv_bfloat16 *to, float a, float b) {
 }
 __device__ static inline void put(float *to, float a, float b) { *(float2 *)to = make_float2(a, b); }
 
+/* A second array, `far` bytes from the first, that goes to a second tile in the same way; Alone: there is none. */
+struct Alone {
+  __device__ void load(int, const real *, const real *, int) const {}
+  __device__ void copy(int, const real *) const {}
+};
+struct Beside {
+  real *tile;
+  ptrdiff_t far;
+  __device__ const real *there(const real *x) const { return (const real *)((const char *)x + far); }
+  __device__ void load(int to, const real *x, const real *any, int bytes) const { cp_async_16(tile + to, bytes ? there(x) : any, bytes); }
+  __device__ void copy(int to, const real *x) const { tile[to] = x ? *there(x) : float_to_real(0.0f); }
+};
+__device__ static inline ptrdiff_t distance(const real *to, const real *from) { return (const char *)to - (const char *)from; }
+
 /* ROWS rows of P <= COLS reals by THREADS threads: rows from .. to stand at find(row), the others and columns from P on are zero. whole:
  * the rows are 16-byte aligned; then the copies are asynchronous, and the caller commits and waits. `any`: some device address. */
-template <int COLS, int ROWS, int THREADS, int UNROLL = 4, class Find>
-__device__ static inline void load_tile(real *tile, const real *any, int P, bool whole, int from, int to, Find find) {
-  constexpr int UNITS = COLS / REALS_16;
-  const unsigned count = max(to - from, 0);
+template <int COLS, int ROWS, int THREADS, int UNROLL = 4, class Second, class Find>
+__device__ static inline void load_tile(real *tile, Second second, const real *any, int P, bool whole, int from, int to, Find find) {
+  constexpr int UNITS = COLS / REALS_16, STEP = THREADS / UNITS; /* THREADS is a multiple of UNITS */
   if (!whole) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
       const int row = i / COLS, col = i % COLS;
-      tile[at<COLS>(row, col)] = (unsigned)(row - from) < count && col < P ? find(row)[col] : float_to_real(0.0f);
+      const real *x = row >= from && row < to && col < P ? find(row) + col : nullptr;
+      tile[at<COLS>(row, col)] = x ? *x : float_to_real(0.0f);
+      second.copy(at<COLS>(row, col), x);
     }
     return;
   }
+  const int first = threadIdx.x / UNITS, col = threadIdx.x % UNITS * REALS_16, start = at<COLS>(first, col);
+  const unsigned count = col < P ? max(to - from, 0) : 0;
 #pragma unroll UNROLL
-  for (int i = 0; i < (ROWS * UNITS + THREADS - 1) / THREADS; i++) {
-    const int unit = i * THREADS + (int)threadIdx.x, row = unit / UNITS, col = unit % UNITS * REALS_16;
-    if (ROWS * UNITS % THREADS && row >= ROWS) break;
-    const bool some = (unsigned)(row - from) < count && col < P;
-    cp_async_16(tile + at<COLS>(row, col), some ? find(row) + col : any, some ? 16 : 0);
+  for (int i = 0; i < ROWS; i += STEP) {
+    const int row = first + i, bytes = (unsigned)(row - from) < count ? 16 : 0;
+    if (ROWS % STEP && row >= ROWS) break;
+    const real *x = bytes ? find(row) + col : any;
+    cp_async_16(tile + start + at<COLS>(i, 0), x, bytes);
+    second.load(start + at<COLS>(i, 0), x, any, bytes);
   }
 }
 
@@ -106,8 +122,12 @@ template <> struct Right<__nv_bfloat16> { unsigned r[2][2]; };
 template <> struct Left<float> { float v[2][16]; };   /* rows g, g+8 */
 template <> struct Right<float> { float v[16][4]; };  /* columns 2j, 2j+1, and 8 further */
 
-/* The row of a 16 x 16 block that this lane names to ldmatrix. */
+/* The row of a 16 x 16 block that this lane names to ldmatrix: quarters in the order (0,0) (8,0) (0,8) (8,8), or transposed to that.
+ * Registers come out in pairs as mma wants them. */
 template <int COLS> __device__ static inline int lane_at() { return at<COLS>(threadIdx.x % 16, threadIdx.x % 32 / 16 * 8); }
+template <int COLS> __device__ static inline int lane_at_transposed() {
+  return at<COLS>(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x % 16 / 8 * 8);
+}
 /* a = tile[row .. row+16, 16 k .. 16 k+16] */
 template <int COLS> __device__ static inline void load_left(Left<__nv_bfloat16> &a, const __nv_bfloat16 *tile, int row, int k) {
   ldmatrix_x4(a.r, tile + lane_at<COLS>() + at<COLS>(row, 16 * k));
@@ -115,8 +135,8 @@ template <int COLS> __device__ static inline void load_left(Left<__nv_bfloat16> 
 /* b = tile[row .. row+16, 16 k .. 16 k+16]^T */
 template <int COLS> __device__ static inline void load_rows(Right<__nv_bfloat16> &b, const __nv_bfloat16 *tile, int row, int k) {
   unsigned r[4];
-  ldmatrix_x4(r, tile + lane_at<COLS>() + at<COLS>(row, 16 * k));
-  b.r[0][0] = r[0], b.r[0][1] = r[2], b.r[1][0] = r[1], b.r[1][1] = r[3];
+  ldmatrix_x4(r, tile + lane_at_transposed<COLS>() + at<COLS>(row, 16 * k));
+  b.r[0][0] = r[0], b.r[0][1] = r[1], b.r[1][0] = r[2], b.r[1][1] = r[3];
 }
 /* b = tile[row .. row+16, 16 n .. 16 n+16] */
 template <int COLS> __device__ static inline void load_columns(Right<__nv_bfloat16> &b, const __nv_bfloat16 *tile, int row, int n) {
@@ -245,7 +265,7 @@ struct Attention {
   const int32_t *starts; /* (B,T): where the token's document starts; NULL: 0 */
   float2 *stats;         /* backward: (B,H,padded T) of lse log2(e), delta */
   float scale;
-  int window, B, T, H, G, P, K, rep, stats_T;
+  int window, B, T, H, G, P, K, rep, stats_T, begin; /* begin: the first b of a launch */
   bool whole; /* rows of P are 16-byte aligned */
 };
 
@@ -253,17 +273,102 @@ struct Attention {
 __device__ static inline int slot_of(const Attention &a, int b) { return a.rows.slot ? a.rows.slot[b] : b; }
 __device__ static inline int base_of(const Attention &a, int b) { return a.kcache && a.rows.pos ? a.rows.pos[slot_of(a, b)] : 0; }
 
-/* The first depth that token t of a chain sees, itself at depth base + t. Of the cache the last K entries are there. */
+/* The first token that token t of a chain sees: below 0 stand the cached ones, -base the first, of which the last K are there. */
 __device__ static inline int first_seen(const Attention &a, int b, int base, int t) {
-  int from = a.starts ? a.starts[(size_t)b * a.T + t] : max(base - a.K, 0);
-  return a.window ? max(from, base + t + 1 - a.window) : from;
+  const int from = a.starts ? a.starts[(size_t)b * a.T + t] : -min(base, a.K);
+  return a.window ? max(from, t + 1 - a.window) : from;
 }
 
 __device__ static inline size_t query_at(const Attention &a, int b, int t, int h) { return (((size_t)b * a.T + t) * a.H + h) * a.P; }
 __device__ static inline size_t key_at(const Attention &a, int b, int t, int g) { return (((size_t)b * a.T + t) * a.G + g) * a.P; }
 
+/* What tokens see: for threads t < T from[t], to[t]; and the path of `token` (one of a tree) among this call's. All threads call. */
+struct Seen {
+  int from[PENDING], to[PENDING], prev[PENDING], path[PENDING];
+};
+__device__ static inline void find_seen(Seen &seen, const Attention &a, int b, int base, int low, int token) {
+  const int t = threadIdx.x;
+  int to = base + t + 1;
+  if (a.rows.prev && t < 32) {
+    int parent = t < a.T ? a.rows.prev[(size_t)b * a.T + t] : -1, depth = 1;
+    if (t < a.T) seen.prev[t] = parent;
+    for (int i = 0; i < 5; i++) { /* parent is 2^i steps back */
+      const int more = __shfl_sync(0xffffffffu, depth, max(parent, 0)), next = __shfl_sync(0xffffffffu, parent, max(parent, 0));
+      if (parent >= 0) depth += more, parent = next;
+    }
+    to = base + depth;
+  }
+  if (t < a.T) seen.to[t] = to, seen.from[t] = a.window ? max(low, to - a.window) : low;
+  __syncthreads();
+  if (token >= 0 && t == 0)
+    for (int i = seen.to[token] - base - 1; i >= 0; i--, token = seen.prev[token]) seen.path[i] = token;
+  __syncthreads();
+}
+
+/* launch(a, count) in parts that a grid's z can count. */
+template <class F> static void in_parts(Attention a, F launch, int most = 65535) {
+  for (a.begin = 0; a.begin < a.B; a.begin += most) launch(a, (unsigned)std::min(most, a.B - a.begin));
+}
+
+/* ---- where keys are ------------------------------------------------------------------------------------------------------------------ */
+
+/* Keys of row b and group g: token t >= 0 is path[t] of this call (NULL: t), t < 0 stands in the cache. */
+struct Keys {
+  int b, g, base, slot;
+  const int *path;
+};
+
+__device__ static inline Keys keys_of(const Attention &a, int b, int g, int base) { return {b, g, base, a.kcache ? slot_of(a, b) : 0, nullptr}; }
+/* An entry of the cache; a token of this call; token t: cache and own are both of k or both of v. */
+__device__ static inline const real *entry_of(const Attention &a, const Keys &keys, const real *cache, int entry) {
+  return cache + (((size_t)keys.slot * a.K + entry) * a.G + keys.g) * a.P;
+}
+__device__ static inline const real *token_of(const Attention &a, const Keys &keys, const real *own, int t) {
+  return own + key_at(a, keys.b, t, keys.g);
+}
+__device__ static inline const real *key_of(const Attention &a, const Keys &keys, const real *cache, const real *own, int t) {
+  return t < 0 ? entry_of(a, keys, cache, (keys.base + t) % a.K) : token_of(a, keys, own, keys.path ? keys.path[t] : t);
+}
+
+/* The tile of tokens t .. t+ROWS of an array that is partly in cache, partly own, zero outside low .. high: mostly rows in a row.
+ * VALUES: the array is the keys', and the values of the same tokens go to a second tile. */
+template <int COLS, int ROWS, int THREADS, bool VALUES>
+__device__ static inline void load_keys(real *tile, real *values, const Attention &a, const Keys &keys, const real *cache, const real *own,
+                                        int t, int low, int high) {
+  const int stride = a.G * a.P, entry = t < 0 ? (keys.base + t) % a.K : 0, from = low - t, to = high - t;
+  const bool cached = t + ROWS <= 0 && entry + ROWS <= a.K;
+  if (cached || (t >= 0 && !keys.path)) {
+    const real *run = cached ? entry_of(a, keys, cache, entry) : token_of(a, keys, own, t);
+    auto find = [&](int row) { return run + row * stride; };
+    if constexpr (VALUES)
+      load_tile<COLS, ROWS, THREADS>(tile, Beside{values, cached ? distance(a.vcache, a.kcache) : distance(a.v, a.k)}, own, a.P, a.whole, from, to, find);
+    else
+      load_tile<COLS, ROWS, THREADS>(tile, Alone(), own, a.P, a.whole, from, to, find);
+    return;
+  }
+  load_tile<COLS, ROWS, THREADS, 1>(tile, Alone(), own, a.P, a.whole, from, to, [&](int row) { return key_of(a, keys, cache, own, t + row); });
+  if (VALUES)
+    load_tile<COLS, ROWS, THREADS, 1>(values, Alone(), own, a.P, a.whole, from, to, [&](int row) { return key_of(a, keys, a.vcache, a.v, t + row); });
+}
+
+/* ---- host ----------------------------------------------------------------------------------------------------------------------------- */
+
 /* attention.cu: the documents' starts into `starts` (B,T). */
 void find_starts(int32_t *starts, const int32_t *prev, size_t B, size_t T);
+/* attention_few.cu: T <= PENDING with caches, which it writes; false: the head is too large. */
+bool attend_few_tokens(const Attention &a);
+
+/* What a block may have of shared memory: 227 KB on data-centre Hopper, 99 KB on consumer cards. A kernel's tiles fit, or false. */
+constexpr size_t LEAST_SHARED = 99 << 10;
+static inline bool fits(size_t shared) {
+  static const size_t most = [] {
+    int device = 0, bytes = 0;
+    CHECK(cudaGetDevice(&device));
+    CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return (size_t)bytes;
+  }();
+  return shared <= most;
+}
 
 static inline bool all_aligned(std::initializer_list<const void *> pointers) {
   uintptr_t bits = 0;

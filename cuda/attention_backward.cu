@@ -28,20 +28,22 @@ static __global__ void find_stats(Attention a) {
 }
 __device__ static inline const float2 *stats_of(const Attention &a, int b, int h, int t) { return a.stats + ((size_t)b * a.H + h) * a.stats_T + t; }
 
-/* ROWS tokens from t on of head h: rows of q or dout */
-template <int PD, int ROWS, int THREADS> __device__ static inline void load_heads(real *tile, const Attention &a, const real *x, int b, int t, int h) {
-  const real *from = x + query_at(a, b, t, h);
-  load_tile<PD, ROWS, THREADS>(tile, x, a.P, a.whole, 0, a.T - t, [&](int row) { return from + row * (a.H * a.P); });
+/* ROWS tokens from t on of head h: rows of q and dout */
+template <int PD, int ROWS, int THREADS> __device__ static inline void load_heads(real *q_tile, real *d_tile, const Attention &a, int b, int t, int h) {
+  const real *from = a.q + query_at(a, b, t, h);
+  load_tile<PD, ROWS, THREADS>(q_tile, Beside{d_tile, distance(a.dout, a.q)}, a.q, a.P, a.whole, 0, a.T - t,
+                               [&](int row) { return from + row * (a.H * a.P); });
 }
-/* ROWS tokens from t on of group g: rows of k or v */
-template <int PD, int ROWS, int THREADS> __device__ static inline void load_groups(real *tile, const Attention &a, const real *x, int b, int t, int g) {
-  const real *from = x + key_at(a, b, t, g);
-  load_tile<PD, ROWS, THREADS>(tile, x, a.P, a.whole, 0, a.T - t, [&](int row) { return from + row * (a.G * a.P); });
+/* ROWS tokens from t on of group g: rows of k and v */
+template <int PD, int ROWS, int THREADS> __device__ static inline void load_groups(real *k_tile, real *v_tile, const Attention &a, int b, int t, int g) {
+  const real *from = a.k + key_at(a, b, t, g);
+  load_tile<PD, ROWS, THREADS>(k_tile, Beside{v_tile, distance(a.v, a.k)}, a.k, a.P, a.whole, 0, a.T - t,
+                               [&](int row) { return from + row * (a.G * a.P); });
 }
 
 /* ---- dk, dv ---------------------------------------------------------------------------------------------------------------------------- */
 
-/* A block (b, g, 16 WARPS keys), the longest first; a warp has 16 keys. Tiles of QUERIES tokens of the group's heads in turn, one
+/* Grid (B G, tiles of 16 WARPS keys), the longest first; a warp has 16 keys. Tiles of QUERIES tokens of the group's heads in turn, one
  * ahead. DK, DV: which of the two, where registers do not hold both. */
 template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static __global__ void __launch_bounds__(32 * WARPS, 1) backward_keys(Attention a) {
   constexpr int KEYS = 16 * WARPS, THREADS = 32 * WARPS, N = QUERIES / 8;
@@ -57,14 +59,12 @@ template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static __global__ vo
   }
   auto fetch = [&](int step, int to) {
     const int h = group * a.rep + step / tiles, t = first + step % tiles * QUERIES;
-    load_heads<PD, QUERIES, THREADS>(q_tile + at<PD>(to * QUERIES, 0), a, a.q, b, t, h);
-    load_heads<PD, QUERIES, THREADS>(d_tile + at<PD>(to * QUERIES, 0), a, a.dout, b, t, h);
+    load_heads<PD, QUERIES, THREADS>(q_tile + at<PD>(to * QUERIES, 0), d_tile + at<PD>(to * QUERIES, 0), a, b, t, h);
     if (threadIdx.x < QUERIES / 2) cp_async_16(stats + to * QUERIES + 2 * threadIdx.x, stats_of(a, b, h, t + 2 * threadIdx.x));
     cp_async_commit();
   };
 
-  load_groups<PD, KEYS, THREADS>(k_tile, a, a.k, b, first, group);
-  if (DK) load_groups<PD, KEYS, THREADS>(v_tile, a, a.v, b, first, group);
+  load_groups<PD, KEYS, THREADS>(k_tile, v_tile, a, b, first, group);
   float dk[1][DK ? PD / 8 : 1][4] = {}, dv[1][DV ? PD / 8 : 1][4] = {};
   fetch(0, 0);
   for (int step = 0; step < tiles * a.rep; step++) {
@@ -101,29 +101,39 @@ template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static __global__ vo
   if constexpr (DV) store_sums<PD>(dv, one, k_tile, mine, a.P, a.whole, [&](int row) { return place(a.dv, row); });
 }
 
-template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static void run_keys(const Attention &a) {
-  constexpr size_t SHARED = (32 * WARPS + 4 * QUERIES) * PITCH<PD> * sizeof(real) + 2 * QUERIES * sizeof(float2);
+template <int PD, int WARPS, int QUERIES>
+constexpr size_t KEYS_SHARED = (32 * WARPS + 4 * QUERIES) * PITCH<PD> * sizeof(real) + 2 * QUERIES * sizeof(float2);
+
+template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static bool run_keys(const Attention &a) {
+  constexpr size_t SHARED = KEYS_SHARED<PD, WARPS, QUERIES>;
+  if (!fits(SHARED)) return false;
   LAUNCH((backward_keys<PD, WARPS, QUERIES, DK, DV>), dim3(a.B * a.G, ceil_div(a.T, 16 * WARPS)), 32 * WARPS, SHARED, a);
+  return true;
+}
+/* Both, in one kernel where registers hold the sums. */
+template <int PD, int WARPS, int QUERIES> static bool run_keys_twice(const Attention &a) {
+  if constexpr (PD <= (sizeof(real) == 2 ? 128 : 64))
+    return run_keys<PD, WARPS, QUERIES, true, true>(a);
+  else
+    return run_keys<PD, WARPS, QUERIES, true, false>(a) && run_keys<PD, WARPS, QUERIES, false, true>(a);
 }
 
 /* ---- dq ---------------------------------------------------------------------------------------------------------------------------------- */
 
-/* A block (b, h, rows of queries), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one tile ahead. */
+/* Grid (H, tiles of queries, B), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one tile ahead. */
 template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_queries(Attention a) {
   constexpr int ROWS = 16 * MT * WARPS, THREADS = 32 * WARPS, N = KEYS / 8;
   DYNAMIC_SHARED(real, q_tile);
   real *const d_tile = q_tile + at<PD>(ROWS, 0), *const k_tile = d_tile + at<PD>(ROWS, 0), *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
-  const int h = blockIdx.x % a.H, b = blockIdx.x / a.H, first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
+  const int h = blockIdx.x, b = a.begin + blockIdx.z, first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
   const int warp_full = first_seen(a, b, 0, min(warp_first + 16 * MT - 1, last)); /* from here on all its rows see */
   auto fetch = [&](int e, int to) {
-    load_groups<PD, KEYS, THREADS>(k_tile + at<PD>(to * KEYS, 0), a, a.k, b, e, h / a.rep);
-    load_groups<PD, KEYS, THREADS>(v_tile + at<PD>(to * KEYS, 0), a, a.v, b, e, h / a.rep);
+    load_groups<PD, KEYS, THREADS>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, b, e, h / a.rep);
     cp_async_commit();
   };
 
-  load_heads<PD, ROWS, THREADS>(q_tile, a, a.q, b, first, h);
-  load_heads<PD, ROWS, THREADS>(d_tile, a, a.dout, b, first, h);
+  load_heads<PD, ROWS, THREADS>(q_tile, d_tile, a, b, first, h);
   float2 stats[MT][2];
 #pragma unroll
   for (int m = 0; m < MT; m++)
@@ -165,10 +175,15 @@ template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static __global__ voi
                  [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
 }
 
-template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static void run_queries(const Attention &a) {
-  constexpr int ROWS = 16 * MT * WARPS;
-  LAUNCH((backward_queries<PD, MT, WARPS, KEYS, BLOCKS>), dim3(a.B * a.H, ceil_div(a.T, ROWS)), 32 * WARPS,
-         (2 * ROWS + 4 * KEYS) * PITCH<PD> * sizeof(real), a);
+template <int PD, int MT, int WARPS, int KEYS> constexpr size_t QUERIES_SHARED = (32 * MT * WARPS + 4 * KEYS) * PITCH<PD> * sizeof(real);
+
+template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static bool run_queries(const Attention &a) {
+  constexpr size_t SHARED = QUERIES_SHARED<PD, MT, WARPS, KEYS>;
+  if (!fits(SHARED)) return false;
+  in_parts(a, [](const Attention &a, unsigned count) {
+    LAUNCH((backward_queries<PD, MT, WARPS, KEYS, BLOCKS>), dim3(a.H, ceil_div(a.T, 16 * MT * WARPS), count), 32 * WARPS, SHARED, a);
+  });
+  return true;
 }
 
 /* ---- any head dimension: a block a token, plain loops -------------------------------------------------------------------------------------- */
@@ -178,7 +193,7 @@ template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static void run_queri
 template <bool KEYS> static __global__ void backward_plain(Attention a) {
   DYNAMIC_SHARED(float, sums);
   __shared__ float weight[128], slope[128];
-  const int x = blockIdx.x, b = blockIdx.z, i = threadIdx.x, heads = KEYS ? a.rep : 1;
+  const int x = blockIdx.x, b = a.begin + blockIdx.z, i = threadIdx.x, heads = KEYS ? a.rep : 1;
   for (int c = i; c < (KEYS ? 2 : 1) * a.P; c += 128) sums[c] = 0;
   for (int h = blockIdx.y * heads; h < (int)(blockIdx.y + 1) * heads; h++) {
     const int from = KEYS ? x : first_seen(a, b, 0, x), to = KEYS ? a.T : x + 1;
@@ -210,17 +225,13 @@ template <bool KEYS> static __global__ void backward_plain(Attention a) {
 
 /* ---- the op ------------------------------------------------------------------------------------------------------------------------------------ */
 
-/* Tiles, by the bytes of a row. */
-template <int PD> static void run_backward(const Attention &a) {
+/* Tiles by the bytes of a row, and smaller ones for cards with less shared memory. */
+template <int PD> static bool run_backward(const Attention &a) {
   constexpr int BYTES = PD * sizeof(real), WARPS = BYTES <= 256 ? 8 : 4, QUERIES = BYTES <= 256 ? 64 : 16384 / BYTES;
-  if constexpr (PD <= (sizeof(real) == 2 ? 128 : 64)) {
-    run_keys<PD, WARPS, QUERIES, true, true>(a);
-  } else {
-    run_keys<PD, WARPS, QUERIES, true, false>(a);
-    run_keys<PD, WARPS, QUERIES, false, true>(a);
-  }
-  constexpr int MT = sizeof(real) == 2 && PD <= 128 ? 2 : 1;
-  run_queries<PD, MT, 4, BYTES <= 512 ? 32 : 16, BYTES <= 256 ? 2 : 1>(a);
+  constexpr int MT = sizeof(real) == 2 && PD <= 128 ? 2 : 1, KEYS = BYTES <= 512 ? 32 : 16;
+  if (run_keys_twice<PD, WARPS, QUERIES>(a)) return run_queries<PD, MT, 4, KEYS, BYTES <= 256 ? 2 : 1>(a);
+  if constexpr (KEYS_SHARED<PD, WARPS, QUERIES> > LEAST_SHARED) return run_keys_twice<PD, 2, 16>(a) && run_queries<PD, 1, 2, 16, 1>(a);
+  return false;
 }
 
 void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v, const real *o,
@@ -241,7 +252,9 @@ void attention_backward(real *dq, real *dk, real *dv, const real *dout, const re
     a.starts = (int32_t *)scratch;
   }
   LAUNCH(find_stats, ceil_div(rows_of_stats * 8, 256), 256, 0, a);
-  if (padded(P, [&](auto width) { run_backward<width>(a); })) return;
-  LAUNCH(backward_plain<true>, dim3(T, G, B), 128, 2 * P * sizeof(float), a);
-  LAUNCH(backward_plain<false>, dim3(T, H, B), 128, P * sizeof(float), a);
+  if (padded(P, [&](auto width) { return run_backward<width>(a); })) return;
+  in_parts(a, [](const Attention &a, unsigned count) {
+    LAUNCH(backward_plain<true>, dim3(a.T, a.G, count), 128, 2 * a.P * sizeof(float), a);
+    LAUNCH(backward_plain<false>, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a);
+  });
 }

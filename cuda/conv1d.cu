@@ -1,9 +1,9 @@
 /* conv1d.cu - causal depthwise convolution along prev, then SiLU.
  *
- * It moves memory: a thread takes V neighbouring output channels (16 bytes) through a run of tokens, the last three inputs and the
- * filter of four taps in registers. Mamba-1's repeat is an index: rep output blocks read the same inputs, from cache but once. Trees
- * and other widths gather their taps token by token. Every way adds bias, then the taps from the oldest on, by fmaf: a token's bits
- * depend on nothing else. */
+ * It moves memory: a thread takes V neighbouring output channels (16 bytes) through a run of tokens, the last three inputs and
+ * the filter of four taps in registers. Mamba-1's repeat is an index: rep output blocks read the same inputs, from cache but
+ * once. Trees and other widths gather their taps token by token. Every way adds bias, then the taps from the oldest on, by
+ * fmaf: a token's bits depend on nothing else. */
 #include "common.cuh"
 
 constexpr int WIDTH = 4, BATCH = 4; /* the taps of the fast kernels; tokens whose loads are under way together */
@@ -22,7 +22,7 @@ struct Conv {
   float *part; /* (B*runs,WIDTH+1,D) shares of dw and dbias */
 };
 
-/* ---- shared by all ways --------------------------------------------------------------------------------------------------------- */
+/* ---- shared by all ways -------------------------------------------------------------------------------------------------- */
 
 /* V channels as they lie in memory: nothing waits for them until they are unpacked. */
 template <int V> struct alignas(V * sizeof(real)) Packed {
@@ -56,7 +56,9 @@ template <int V> __device__ static inline void store_channels(real *p, const flo
   for (int e = 0; e < V; e++) store(q.v + e, v[e]);
   store_channels(p, q);
 }
-__device__ static inline float logistic(float v) { return reciprocal_approx(__fadd_rn(1.0f, exp2_approx(__fmul_rn(v, -1.44269504f)))); }
+__device__ static inline float logistic(float v) {
+  return reciprocal_approx(__fadd_rn(1.0f, exp2_approx(__fmul_rn(v, -1.44269504f))));
+}
 __device__ static inline float activate(float v, int silu) { return silu ? __fmul_rn(v, logistic(v)) : v; }
 __device__ static inline float slope(float v, int silu) {
   const float s = logistic(v);
@@ -73,7 +75,9 @@ __device__ static inline Slot slot_of(const Conv &s, size_t b) {
   const size_t slot = s.rows.slot ? (size_t)s.rows.slot[b] : b;
   return {slot, s.rows.pos ? (size_t)s.rows.pos[slot] : 0};
 }
-__device__ static inline bool starts_document(const Conv &s, size_t b, ptrdiff_t t) { return s.rows.prev && t >= 0 && s.rows.prev[b * s.T + t] == -2; }
+__device__ static inline bool starts_document(const Conv &s, size_t b, ptrdiff_t t) {
+  return s.rows.prev && t >= 0 && s.rows.prev[b * s.T + t] == -2;
+}
 /* Inputs of the token at t, where -1 is the one before the call; NULL: zeros. */
 __device__ static inline const real *input_at(const Conv &s, const Slot &at, size_t b, ptrdiff_t t) {
   if (t >= 0) return s.x + (b * s.T + t) * s.X;
@@ -128,7 +132,7 @@ template <int V> struct Window {
   }
 };
 
-/* ---- forward ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- forward ------------------------------------------------------------------------------------------------------------- */
 
 /* Where a thread stands in its chain: token t of row b, channels m of x and c of y. */
 template <int V> struct Walk {
@@ -168,7 +172,8 @@ template <int V, bool PLAIN> static __global__ void __launch_bounds__(128, 4) sl
   Walk<V> walk(s, c);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  walk.at = s.cache ? slot_of(s, b) : Slot{b, 0}, walk.b = b, walk.m = input_of(s, c), walk.caches = caches && first_output(s, c);
+  walk.at = s.cache ? slot_of(s, b) : Slot{b, 0}, walk.b = b, walk.m = input_of(s, c),
+  walk.caches = caches && first_output(s, c);
   walk.x = s.x + (b * s.T + first) * s.X + walk.m, walk.y = s.y + (b * s.T + first) * s.D + c;
   walk.window.begin(s, walk.at, b, first, walk.m);
   int t = first;
@@ -205,28 +210,33 @@ static __global__ void gather(const Conv s, bool caches) {
   const size_t b = row / s.T, t = row % s.T;
   const Slot at = s.cache ? slot_of(s, b) : Slot{b, 0};
   store(s.y + e, activate(gathered(s, at, b, t, c), s.silu));
-  if (caches && first_output(s, c)) s.cache[(at.slot * s.K + (at.pos + t) % s.K) * s.X + input_of(s, c)] = s.x[row * s.X + input_of(s, c)];
+  if (caches && first_output(s, c))
+    s.cache[(at.slot * s.K + (at.pos + t) % s.K) * s.X + input_of(s, c)] = s.x[row * s.X + input_of(s, c)];
 }
 
-/* After a call whose inputs may take the places of those it reads: the last K of its first keep + PENDING. A block to a row of them. */
+/* After a call whose inputs may take the places of those it reads: the last K of its first keep + PENDING. A block to a row of
+ * them. */
 static __global__ void fill_cache(const Conv s) {
   const size_t b = blockIdx.x / s.K, keep = s.rows.keep ? (size_t)s.rows.keep[b] : s.T, last = min(s.T, keep + PENDING);
   const size_t t = (last > s.K ? last - s.K : 0) + blockIdx.x % s.K;
   if (t >= last) return;
   const Slot at = slot_of(s, b);
-  for (size_t m = threadIdx.x; m < s.X; m += blockDim.x) s.cache[(at.slot * s.K + (at.pos + t) % s.K) * s.X + m] = s.x[(b * s.T + t) * s.X + m];
+  for (size_t m = threadIdx.x; m < s.X; m += blockDim.x)
+    s.cache[(at.slot * s.K + (at.pos + t) % s.K) * s.X + m] = s.x[(b * s.T + t) * s.X + m];
 }
 
-static Conv conv_of(const real *x, const float *w, const float *bias, Rows rows, int silu, size_t B, size_t T, size_t X, size_t D, size_t N,
-                    size_t W, size_t K) {
+static Conv conv_of(const real *x, const float *w, const float *bias, Rows rows, int silu, size_t B, size_t T, size_t X,
+                    size_t D, size_t N, size_t W, size_t K) {
   Conv s = {};
-  s.x = x, s.w = w, s.bias = bias, s.rows = rows, s.silu = silu, s.B = B, s.T = T, s.X = X, s.D = D, s.N = X == D ? D : N, s.W = W, s.K = K;
+  s.x = x, s.w = w, s.bias = bias, s.rows = rows, s.silu = silu, s.B = B, s.T = T, s.X = X, s.D = D, s.N = X == D ? D : N,
+  s.W = W, s.K = K;
   s.rep = X ? D / X : 0;
   return s;
 }
 /* Whether V channels stand together in inputs and outputs, and these arrays can be read V at a time. */
 static bool together(const Conv &s, size_t V, const void *p, const void *q, const void *r) {
-  return !(((uintptr_t)p | (uintptr_t)q | (uintptr_t)r | (uintptr_t)s.x) % (V * sizeof(real))) && s.X % V == 0 && (s.rep == 1 || s.N % V == 0);
+  return !(((uintptr_t)p | (uintptr_t)q | (uintptr_t)r | (uintptr_t)s.x) % (V * sizeof(real))) && s.X % V == 0 &&
+         (s.rep == 1 || s.N % V == 0);
 }
 /* Tokens a thread takes: the more the fewer inputs are read twice, but there must be threads enough. */
 static size_t run_of(const Conv &s, size_t vectors, size_t most) {
@@ -258,13 +268,15 @@ void conv1d_forward(real *y, real *cache, const real *x, const float *w, const f
   if (cache && !caches) LAUNCH(fill_cache, B * K, 256, 0, s);
 }
 
-/* ---- backward ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- backward ------------------------------------------------------------------------------------------------------------ */
 
-/* y = f(sum): with dsum = dy f'(sum), dx[t] = sum over outputs r and steps j of w[W-1-j] dsum[t+j], dw[i] = sum_t dsum[t] x under tap i.
- * Thread (x,r) takes V inputs and their r-th outputs through a run of tokens, and the three after it that reach back into it. The rep
- * parts of dx meet in shared memory. Width 4. */
-template <int V, bool PLAIN, bool REPEAT> static __global__ void __launch_bounds__(V == 1 ? 1024 : 256) slide_back(const Conv s) {
-  const unsigned lanes = blockDim.x, groups = (unsigned)((s.X / V + lanes - 1) / lanes), runs = (unsigned)((s.T + s.run - 1) / s.run);
+/* y = f(sum): with dsum = dy f'(sum), dx[t] = sum over outputs r and steps j of w[W-1-j] dsum[t+j], dw[i] = sum_t dsum[t] x
+ * under tap i. Thread (x,r) takes V inputs and their r-th outputs through a run of tokens, and the three after it that reach
+ * back into it. The rep parts of dx meet in shared memory. Width 4. */
+template <int V, bool PLAIN, bool REPEAT> static __global__ void __launch_bounds__(V == 1 ? 1024 : 256)
+    slide_back(const Conv s) {
+  const unsigned lanes = blockDim.x, groups = (unsigned)((s.X / V + lanes - 1) / lanes),
+                 runs = (unsigned)((s.T + s.run - 1) / s.run);
   const size_t rows = blockIdx.x / groups, b = rows / runs, m = ((size_t)(blockIdx.x % groups) * lanes + threadIdx.x) * V;
   const int first = (int)(rows % runs * s.run), T = (int)s.T, last = min(first + (int)s.run, T), end = min(last + WIDTH - 1, T);
   const int r = REPEAT ? threadIdx.y : 0, rep = REPEAT ? blockDim.y : 1, width = (int)lanes * V;
@@ -274,7 +286,7 @@ template <int V, bool PLAIN, bool REPEAT> static __global__ void __launch_bounds
   const Filter<V> filter(s, c);
   Window<V> window;
   float dx[WIDTH][V] = {}, dw[WIDTH][V] = {}, dbias[V] = {}; /* dx[j]: of the token j before this one */
-  int reach = PLAIN ? WIDTH - 1 : 0;                         /* how many tokens before this one are of its document, as far as that matters */
+  int reach = PLAIN ? WIDTH - 1 : 0; /* how many tokens before this one are of its document, as far as that matters */
   window.clear();
   if (mine) window.begin(s, {b, 0}, b, first, m);
   const real *x = s.x + (b * s.T + first) * s.X + m, *dy = s.dy + (b * s.T + first) * s.D + c;
@@ -296,7 +308,8 @@ template <int V, bool PLAIN, bool REPEAT> static __global__ void __launch_bounds
       for (int e = 0; e < V; e++) {
         const float dsum = dout[e] * slope(window.sum(filter, now, e), s.silu), own = dsum * counts;
 #pragma unroll
-        for (int j = WIDTH - 1; j > 0; j--) dx[j][e] = fmaf(filter.w[e][WIDTH - 1 - j], PLAIN || reach >= j ? dsum : 0.0f, dx[j - 1][e]);
+        for (int j = WIDTH - 1; j > 0; j--)
+          dx[j][e] = fmaf(filter.w[e][WIDTH - 1 - j], PLAIN || reach >= j ? dsum : 0.0f, dx[j - 1][e]);
         dx[0][e] = filter.w[e][WIDTH - 1] * dsum;
 #pragma unroll
         for (int i = 0; i < WIDTH - 1; i++) dw[i][e] = fmaf(own, window.x[i][e], dw[i][e]);

@@ -1,7 +1,7 @@
 /* scan.cuh - Mamba-1's selective scan on CUDA: what scan.cu (forward) and scan_backward.cu share.
  *
- * Every kernel takes one Scan by value. N = 16 is fast: a warp takes 32 neighbouring channels of a row of the batch through time,
- * all states in registers. Any other N, and arrays that are not 16-byte aligned, go through the kernels named any_*. */
+ * Every kernel takes one Scan by value. N = 16 is fast: a warp takes 32 neighbouring channels of a row of the batch through
+ * time, all states in registers. Any other N, and arrays that are not 16-byte aligned, go through the kernels named any_*. */
 #ifndef MIL_SCAN_CUH
 #define MIL_SCAN_CUH
 #include "common.cuh"
@@ -30,18 +30,18 @@ struct Scan {
   real *dx, *ddt, *dB, *dC, *dz;
   float *dstate;
   /* scratch */
-  const float *initial;      /* (B,D,N) the state before the call; NULL: zero */
-  const float *final;        /* (B,D,N) the cotangent of the state after it; NULL: zero */
-  size_t chunks, tiles;      /* T in chunks of so many tiles */
-  float *total, *ends;       /* (chunks,B,D) sum of d log2(e) over a chunk; (chunks,B,D,N) the state after it if it was zero before */
-  float *starts;             /* (chunks,B,D,N) the cotangent of the state before it if that after it is zero */
-  real *checkpoints;         /* (B,runs,D,N) the state before every RUN tokens */
-  float *part;               /* (chunks,B, D*N + 2 D) shares of dA_log, dD, ddt_bias */
-  float *part_B;             /* (B,T, D/N/group, N) shares of dB, of `group` blocks each */
+  const float *initial; /* (B,D,N) the state before the call; NULL: zero */
+  const float *final;   /* (B,D,N) the cotangent of the state after it; NULL: zero */
+  size_t chunks, tiles; /* T in chunks of so many tiles */
+  float *total, *ends; /* (chunks,B,D) sum of d log2(e) over a chunk; (chunks,B,D,N) the state after it if it was zero before */
+  float *starts;       /* (chunks,B,D,N) the cotangent of the state before it if that after it is zero */
+  real *checkpoints;   /* (B,runs,D,N) the state before every RUN tokens */
+  float *part;         /* (chunks,B, D*N + 2 D) shares of dA_log, dD, ddt_bias */
+  float *part_B;       /* (B,T, D/N/group, N) shares of dB, of `group` blocks each */
   size_t group;
 };
 
-/* ---- scalar functions: the roundings are spelled out, so that a token has the same bits in every kernel that meets it ---------- */
+/* ---- scalar functions: the roundings are spelled out, so that a token has the same bits in every kernel that meets it ---- */
 
 /* softplus(v) log2(e) = log2(1 + 2^(v log2 e)). exact: good to float where it is small; else to 1e-7 absolute. */
 template <bool EXACT> __device__ static inline float softplus_log2(float v) {
@@ -56,20 +56,21 @@ __device__ static inline float gate(float z) {
 /* A = -exp(A_log): the decay of a step is 2^(d log2(e) A). */
 __device__ static inline float rate(float A_log) { return -exp2_approx(__fmul_rn(A_log, LOG2E)); }
 
-/* 2^(d A) for d >= 0 >= A, `limit` = 126 / -A. The exp units do 16 a cycle and multiprocessor, the FMA units 128 operations: a few of
- * the exps as polynomials (as in FlashAttention-4) keep both busy. 2^r, |r| <= 1/2, is 1 + r q(r): the error vanishes with r, so slow
- * decays stay slow; relative to the rate it is 3e-4 (degree 3), 1e-5 (4), 3e-7 (5). */
+/* 2^(d A) for d >= 0 >= A, `limit` = 126 / -A. The exp units do 16 a cycle and multiprocessor, the FMA units 128 operations: a
+ * few of the exps as polynomials (as in FlashAttention-4) keep both busy. 2^r, |r| <= 1/2, is 1 + r q(r): the error vanishes
+ * with r, so slow decays stay slow; relative to the rate it is 3e-4 (degree 3) or 1e-5 (4). */
 __device__ static inline float decay_limit(float A) { return -126.0f / A; }
 template <int DEGREE> __device__ static inline float decay_polynomial(float d, float A, float limit) {
   const float c = fminf(d, limit), m = fmaf(c, A, 12582912.0f), r = fmaf(c, A, -__fadd_rn(m, -12582912.0f));
   float p;
   if (DEGREE == 3) p = fmaf(r, fmaf(r, 5.5922091e-2f, 2.42035821e-1f), 6.93126261e-1f);
   if (DEGREE == 4) p = fmaf(r, fmaf(r, fmaf(r, 9.67604388e-3f, 5.58383577e-2f), 2.40221679e-1f), 6.93136752e-1f);
-  if (DEGREE == 5) p = fmaf(r, fmaf(r, fmaf(r, fmaf(r, 1.33991265e-3f, 9.66635812e-3f), 5.5503387e-2f), 2.40223557e-1f), 6.93147182e-1f);
-  return __uint_as_float(__float_as_uint(fmaf(r, p, 1.0f)) + (__float_as_uint(m) << 23)); /* m's low bits are the integer part */
+  static_assert(DEGREE == 3 || DEGREE == 4, "");
+  const unsigned bits = __float_as_uint(fmaf(r, p, 1.0f));
+  return __uint_as_float(bits + (__float_as_uint(m) << 23)); /* m's low bits are the integer part */
 }
 
-/* ---- loads and stores of a few neighbours ------------------------------------------------------------------------------------ */
+/* ---- loads and stores of a few neighbours -------------------------------------------------------------------------------- */
 
 template <int N> __device__ static inline void load_floats(float (&v)[N], const float *p) {
 #pragma unroll
@@ -105,10 +106,11 @@ __device__ static inline float2 load_two(const __nv_bfloat16 *p) {
   return make_float2(low_bf16(q), high_bf16(q));
 }
 
-/* ---- a warp's 32 channels ---------------------------------------------------------------------------------------------------- */
+/* ---- a warp's 32 channels ------------------------------------------------------------------------------------------------ */
 
-/* At the edges (loads, softplus, gate, stores) lane l owns channel l. Inside, CH neighbouring lanes share their CH channels: lane j
- * of them has states state .. state + ST of each, slot i being channel i ^ j of them. So a sum over states needs no moves: fold. */
+/* At the edges (loads, softplus, gate, stores) lane l owns channel l. Inside, CH neighbouring lanes share their CH channels:
+ * lane j of them has states state .. state + ST of each, slot i being channel i ^ j of them. So a sum over states needs no
+ * moves: fold. */
 template <int CH> struct Place {
   static constexpr int ST = STATES / CH;
   int lane, j, state, block; /* block: of the two C blocks */
@@ -136,11 +138,11 @@ template <int ARRAYS, int ROWS> struct Feed {
   __device__ static int array(int k) { return EACH % 32 ? piece(k) / EACH : k * 32 / EACH; }
   __device__ static int row(int k) { return piece(k) / CHUNKS_16 % ROWS; }
   __device__ static int column(int k) { return piece(k) % CHUNKS_16 * REALS_16; }
-  /* The k-th piece is of p (B,T,D), channels 32 w .., or of Bm (B,T,J,16), whose blocks are shared by rep blocks of channels. Tokens
-   * first .. are fetched first, then those `steps` further on, and so on. */
+  /* The k-th piece is of p (B,T,D), channels 32 w .., or of Bm (B,T,J,16), whose blocks are shared by rep blocks of channels.
+   * Tokens first .. are fetched first, then those `steps` further on, and so on. */
   __device__ void channels(int k, const Scan &s, const real *p, size_t b, size_t w, int first, int steps) {
     const size_t c = 32 * w + column(k);
-    set(k, p && c < s.D, p, c, s.D, b * s.T, first, steps);
+    set(k, p && c < s.D, p ? p : s.dt, c, s.D, b * s.T, first, steps);
   }
   __device__ void blocks(int k, const Scan &s, size_t b, size_t w, int first, int steps) {
     const unsigned block = 2 * (unsigned)w + column(k) / STATES, all = (unsigned)(s.D / STATES), rep = all / (unsigned)s.J;
@@ -176,7 +178,7 @@ template <int ARRAYS, int ROWS> struct Drain {
   __device__ void channels(int k, const Scan &s, real *p, size_t b, size_t w, int first, int steps) {
     const size_t c = 32 * w + piece(k) % CHUNKS_16 * REALS_16;
     there |= (unsigned)(p && c < s.D) << k, step = (int)(s.D * sizeof(real)) * steps;
-    at[k] = (char *)p + (ptrdiff_t)((b * s.T * s.D + c + (first + row(k)) * (ptrdiff_t)s.D) * sizeof(real));
+    at[k] = (char *)(p ? p : s.dx) + (ptrdiff_t)((b * s.T * s.D + c + (first + row(k)) * (ptrdiff_t)s.D) * sizeof(real));
   }
   __device__ void write(const real *from, int first, int low, int high) {
 #pragma unroll
@@ -203,8 +205,9 @@ __device__ static inline void mend_steps(float2 (*du)[32], int kind) {
 }
 
 /* S of channel c (its states from `state` on) before chunk `chunk`, and the cotangent of S after it. */
-template <int ST> __device__ static inline void carry(float (&S)[ST], const float (&A)[ST], const Scan &s, const float *from, const float *chunk_ends,
-                                               size_t b, size_t c, int state, size_t first, size_t last, ptrdiff_t step) {
+template <int ST> __device__ static inline void carry(float (&S)[ST], const float (&A)[ST], const Scan &s, const float *from,
+                                                      const float *chunk_ends, size_t b, size_t c, int state, size_t first,
+                                                      size_t last, ptrdiff_t step) {
   const size_t row = b * s.D + c, size = s.B * s.D;
 #pragma unroll
   for (int n = 0; n < ST; n++) S[n] = 0;
@@ -218,7 +221,7 @@ template <int ST> __device__ static inline void carry(float (&S)[ST], const floa
   }
 }
 
-/* ---- past: what a call runs for a row of the batch (csrc/scan.c) ------------------------------------------------------------------ */
+/* ---- past: what a call runs for a row of the batch (csrc/scan.c) --------------------------------------------------------- */
 
 /* Positions begin .. pos from the ring, then its own pos .. pos+T; `state` is left at mark. */
 struct Past {
@@ -229,18 +232,21 @@ __device__ static inline Past past_of(const Scan &s, size_t b) {
   const bool ring = s.state && s.ring.x;
   Past p;
   p.slot = r.slot ? r.slot[b] : (int)b;
-  const int keep = r.keep ? r.keep[b] : (int)s.T, committed = r.committed ? r.committed[p.slot] : 0, seen = r.seen ? r.seen[p.slot] : 0;
+  const int keep = r.keep ? r.keep[b] : (int)s.T, committed = r.committed ? r.committed[p.slot] : 0,
+            seen = r.seen ? r.seen[p.slot] : 0;
   p.pos = r.pos ? r.pos[p.slot] : 0;
   p.begin = ring ? seen / SCAN_RING * SCAN_RING : p.pos;
   p.mark = !ring ? p.pos + keep : (s.T > PENDING ? p.pos + keep : committed) / SCAN_RING * SCAN_RING;
   return p;
 }
-__device__ static inline size_t ring_row(const Past &p, int position) { return (size_t)p.slot * RING_ROWS + position % RING_ROWS; }
+__device__ static inline size_t ring_row(const Past &p, int position) {
+  return (size_t)p.slot * RING_ROWS + position % RING_ROWS;
+}
 /* The call's tokens that the ring takes: first .. last, positions. */
 __device__ static inline int ring_first(const Past &p) { return max(p.mark, p.pos); }
 __device__ static inline int ring_last(const Past &p, size_t T) { return min(p.pos + (int)T, p.mark + RING_ROWS); }
 
-/* ---- scan.cu ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- scan.cu ------------------------------------------------------------------------------------------------------------- */
 
 /* OUTPUT: y, and `state` at its mark. ENDS: total, ends. STARTS: starts. CHECKPOINTS: the state before every RUN tokens. */
 enum Pass { OUTPUT, ENDS, STARTS, CHECKPOINTS };

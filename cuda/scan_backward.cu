@@ -1,10 +1,12 @@
 /* scan_backward.cu - Mamba-1's selective scan, backward.
  *
- * S' = a S + u B, a = 2^(d A), y = sum_n C S' + D x, out = y silu(z), against g = the cotangent of y and dS, that of S' from later:
- *   dS += g C;  dC = sum_channels g S';  dB = sum_channels u dS;  du = sum_n B dS;  P = a S dS;  dd = sum_n A P;  dA += d P;  dS = a dS.
- * A forward pass leaves the state before every RUN tokens (checkpoints, in `real`); then a warp takes 32 channels of a row back through
- * time, RUN tokens at a time: forward from the checkpoint with the states kept in registers, and back. Lane (g,j) of 8x4 has four
- * channels and four states, so that every sum is over four lanes: those over states without moves (fold), those over channels with. */
+ * S' = a S + u B, a = 2^(d A), y = sum_n C S' + D x, out = y silu(z), against g, the cotangent of y, and dS, that of S':
+ *   dS += g C;  dC = sum_channels g S';  dB = sum_channels u dS;  du = sum_n B dS;
+ *   P = a S dS;  dd = sum_n A P;  dA += d P;  dS = a dS, that of S.
+ * A forward pass leaves the state before every RUN tokens (checkpoints, in `real`); then a warp takes 32 channels of a row back
+ * through time, RUN tokens at a time: forward from the checkpoint with the states kept in registers, and back. Lane (g,j) of
+ * 8x4 has four channels and four states, so that every sum is over four lanes: those over states without moves (fold), those
+ * over channels with. */
 #include "scan.cuh"
 
 constexpr int BACK_WARPS = 2; /* 64 channels: with the usual 4 blocks to a kv block, dB is complete in the thread block */
@@ -43,7 +45,8 @@ __device__ static inline void stage_run(BackSpace &m, int raw, int to, float bia
 /* Tokens outside the call change nothing: their x, dy are zero already, their steps become so. */
 __device__ static inline void mend_run(BackSpace &m, int to, int kind) {
   mend_steps(m.du[to], kind);
-  for (unsigned out = __ballot_sync(0xffffffffu, kind == 2); out; out &= out - 1) m.edge[to][__ffs(out) - 1][threadIdx.x % 32] = make_float4(0, 0, 0, 0);
+  for (unsigned out = __ballot_sync(0xffffffffu, kind == 2); out; out &= out - 1)
+    m.edge[to][__ffs(out) - 1][threadIdx.x % 32] = make_float4(0, 0, 0, 0);
 }
 
 /* v[n] belongs to state n of four: returns the sum over the lanes 0, 4, 8, 12 away for state (lane / 4) % 4. */
@@ -57,17 +60,20 @@ __device__ static inline float fold_channels(const float (&v)[4], int lane) {
 /* KEPT: of so many tokens of a run the decays are kept in registers; those of the others are computed again. */
 template <int KEPT> static __global__ void __launch_bounds__(32 * BACK_WARPS, 8 / BACK_WARPS) back_over_runs(const Scan s) {
   constexpr int CH = 4, ST = 4;
-  const size_t spans = (s.D + 63) / 64, span = blockIdx.x % spans, b = blockIdx.x / spans % s.B, chunk = blockIdx.x / spans / s.B;
+  const size_t spans = (s.D + 63) / 64, span = blockIdx.x % spans, b = blockIdx.x / spans % s.B,
+               chunk = blockIdx.x / spans / s.B;
   const size_t blocks = s.D / STATES, runs = (s.T + RUN - 1) / RUN;
   DYNAMIC_SHARED(BackSpace, space);
-  float(*shares)[RUN][64] = (float(*)[RUN][64])(space + BACK_WARPS); /* (2,RUN,4,16) dB of every block */
+  float (*shares)[RUN][64] = (float (*)[RUN][64])(space + BACK_WARPS); /* (2,RUN,4,16) dB of every block */
   const int warp = threadIdx.x / 32;
   BackSpace &m = space[warp];
   const Place<CH> at;
-  const int lane = at.lane, own = at.block * STATES + at.state + lane / 4 % 4; /* the block and state whose sum over channels ends here */
+  const int lane = at.lane,
+            own = at.block * STATES + at.state + lane / 4 % 4; /* the block and state whose sum over channels ends here */
   const size_t w = BACK_WARPS * span + warp, c0 = 32 * w, c = c0 + lane;
   const bool gated = s.z, mine = c < s.D;
-  const int T = (int)s.T, low = (int)(chunk * s.tiles * TILE), high = min(low + (int)(s.tiles * TILE), T), count = (high - low + RUN - 1) / RUN;
+  const int T = (int)s.T, low = (int)(chunk * s.tiles * TILE), high = min(low + (int)(s.tiles * TILE), T),
+            count = (high - low + RUN - 1) / RUN;
   const auto first_of = [&](int q) { return low + (count - 1 - q) * RUN; };
 
   Feed<6, RUN> feed;
@@ -226,7 +232,7 @@ template <int KEPT> static __global__ void __launch_bounds__(32 * BACK_WARPS, 8 
   if (mine) part[s.D * STATES + c] = dskip, part[s.D * (STATES + 1) + c] = dbias;
 }
 
-/* ---- sums over shares, in their order --------------------------------------------------------------------------------------------- */
+/* ---- sums over shares, in their order ------------------------------------------------------------------------------------ */
 
 /* dB (M,J,N) = sum over `shares` of part (M,J,shares,N) */
 static __global__ void sum_dB(real *dB, const float *part, size_t shares, size_t N, size_t count) {
@@ -237,17 +243,21 @@ static __global__ void sum_dB(real *dB, const float *part, size_t shares, size_t
   store(dB + e, sum);
 }
 /* dA_log (D,N), dD, dbias (D) += sum over `shares` of part (shares, D*N + 2 D) */
-static __global__ void sum_parameters(float *dA_log, float *dD, float *dbias, const float *part, size_t shares, size_t D, size_t N) {
+static __global__ void sum_parameters(float *dA_log, float *dD, float *dbias, const float *part, size_t shares, size_t D,
+                                      size_t N) {
   const size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, size = D * (N + 2);
   if (e >= size) return;
-  float *to = e < D * N ? (dA_log ? dA_log + e : nullptr) : e < D * (N + 1) ? (dD ? dD + (e - D * N) : nullptr) : dbias ? dbias + (e - D * (N + 1)) : nullptr;
+  float *to = e < D * N         ? (dA_log ? dA_log + e : nullptr)
+              : e < D * (N + 1) ? (dD ? dD + (e - D * N) : nullptr)
+              : dbias           ? dbias + (e - D * (N + 1))
+                                : nullptr;
   if (!to) return;
   float sum = 0;
   for (size_t k = 0; k < shares; k++) sum += part[k * size + e];
   *to += sum;
 }
 
-/* ---- any N ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- any N --------------------------------------------------------------------------------------------------------------- */
 
 constexpr int ANY = 16; /* tokens between checkpoints */
 
@@ -256,11 +266,15 @@ struct Any {
   float *checkpoints, *S, *dS, *dB, *dC;
   size_t chunks;
 };
-__device__ static inline float any_decay(const Scan &s, float d, size_t c, size_t n) { return exp2_approx(d * rate(s.A_log[c * s.N + n]) * LOG2E); }
+__device__ static inline float any_decay(const Scan &s, float d, size_t c, size_t n) {
+  return exp2_approx(d * rate(s.A_log[c * s.N + n]) * LOG2E);
+}
 __device__ static inline float any_step(const Scan &s, size_t row, size_t c) {
   return softplus_log2<true>(load(s.dt + row * s.D + c) + (s.dt_bias ? s.dt_bias[c] : 0.0f)) * LN2;
 }
-__device__ static inline bool starts_document(const Scan &s, size_t b, size_t t) { return s.rows.prev && s.rows.prev[b * s.T + t] == -2; }
+__device__ static inline bool starts_document(const Scan &s, size_t b, size_t t) {
+  return s.rows.prev && s.rows.prev[b * s.T + t] == -2;
+}
 
 /* The states before tokens first .. first+n of channel c to S (n+1,N,D), of which the first is there. */
 __device__ static void any_states(const Scan &s, float *S, size_t b, size_t c, size_t first, size_t n, bool keep) {
@@ -292,7 +306,8 @@ static __global__ void any_checkpoints(const Scan s, const Any any) {
 }
 
 static __global__ void any_back(const Scan s, const Any any, size_t chunk) {
-  const size_t item = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = item / s.D, c = item % s.D, N = s.N, D = s.D, size = N * D;
+  const size_t item = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = item / s.D, c = item % s.D, N = s.N, D = s.D,
+               size = N * D;
   if (b >= s.B) return;
   const size_t first = chunk * ANY, count = min((size_t)ANY, s.T - first), block = c / N, kv = block / (D / N / s.J);
   float *S = any.S + b * (ANY + 1) * size + c, *dS = any.dS + b * size + c, *part = s.part + b * D * (N + 2);
@@ -304,7 +319,8 @@ static __global__ void any_back(const Scan s, const Any any, size_t chunk) {
     const real *B = s.Bm + (row * s.J + kv) * N, *C = s.C + row * D + block * N;
     const float x = load(s.x + row * D + c), d = any_step(s, row, c), u = d * x, dy = load(s.dy + row * D + c);
     const bool fresh = starts_document(s, b, first + i);
-    float y = skip * x, g = dy, du = 0, dd = 0, *dB = any.dB + (b * ANY + i) * size + c, *dC = any.dC + (b * ANY + i) * size + c;
+    float y = skip * x, g = dy, du = 0, dd = 0, *dB = any.dB + (b * ANY + i) * size + c,
+          *dC = any.dC + (b * ANY + i) * size + c;
     for (size_t n = 0; n < N; n++) y = fmaf(load(C + n), S[(i + 1) * size + n * D], y);
     if (s.z) {
       const float z = load(s.z + row * D + c), sg = reciprocal_approx(1.0f + exp2_approx(-LOG2E * z));
@@ -312,7 +328,8 @@ static __global__ void any_back(const Scan s, const Any any, size_t chunk) {
       store(s.dz + row * D + c, dy * y * sg * fmaf(z, 1.0f - sg, 1.0f));
     }
     for (size_t n = 0; n < N; n++) {
-      const float ds = fmaf(g, load(C + n), dS[n * D]), back = fresh ? 0.0f : any_decay(s, d, c, n) * ds, power = back * S[i * size + n * D], A = rate(s.A_log[c * N + n]);
+      const float ds = fmaf(g, load(C + n), dS[n * D]), back = fresh ? 0.0f : any_decay(s, d, c, n) * ds,
+                  power = back * S[i * size + n * D], A = rate(s.A_log[c * N + n]);
       dS[n * D] = back;
       dB[n * D] = u * ds;
       dC[n * D] = g * S[(i + 1) * size + n * D];
@@ -320,7 +337,8 @@ static __global__ void any_back(const Scan s, const Any any, size_t chunk) {
       du = fmaf(load(B + n), ds, du);
       dd = fmaf(A, power, dd);
     }
-    const float w = LOG2E * (load(s.dt + row * D + c) + (s.dt_bias ? s.dt_bias[c] : 0.0f)), dv = fmaf(x, du, dd) * reciprocal_approx(1.0f + exp2_approx(-w));
+    const float w = LOG2E * (load(s.dt + row * D + c) + (s.dt_bias ? s.dt_bias[c] : 0.0f)),
+                dv = fmaf(x, du, dd) * reciprocal_approx(1.0f + exp2_approx(-w));
     store(s.dx + row * D + c, fmaf(d, du, skip * g));
     store(s.ddt + row * D + c, dv);
     part[D * N + c] += g * x;
@@ -332,7 +350,8 @@ static __global__ void any_back(const Scan s, const Any any, size_t chunk) {
 
 /* dC of the chunk's tokens over the N channels of a block, dB over those of a kv block. An element a thread. */
 static __global__ void any_sums(const Scan s, const Any any, size_t first, size_t count) {
-  const size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = s.D + s.J * s.N, b = e / width / count, i = e / width % count, column = e % width;
+  const size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = s.D + s.J * s.N, b = e / width / count,
+               i = e / width % count, column = e % width;
   if (b >= s.B) return;
   const bool C = column < s.D;
   const size_t at = C ? column : column - s.D, channels = C ? s.N : s.D / s.J, size = s.N * s.D;
@@ -348,7 +367,8 @@ static void any_backward(Scan &s) {
   any.chunks = ceil_div(s.T, ANY);
   s.part = (float *)device_scratch(((any.chunks + 1 + 1 + 3 * ANY) * size + s.B * s.D * (s.N + 2)) * sizeof(float));
   if (!s.part) return;
-  any.S = s.part + s.B * s.D * (s.N + 2), any.dS = any.S + (ANY + 1) * size, any.dB = any.dS + size, any.dC = any.dB + ANY * size;
+  any.S = s.part + s.B * s.D * (s.N + 2), any.dS = any.S + (ANY + 1) * size, any.dB = any.dS + size,
+  any.dC = any.dB + ANY * size;
   any.checkpoints = any.dC + ANY * size;
   LAUNCH(any_checkpoints, blocks_for(s.B * s.D, 64), 64, 0, s, any);
   for (size_t k = any.chunks; k-- > 0;) {
@@ -358,14 +378,17 @@ static void any_backward(Scan &s) {
   }
 }
 
-/* ---- the op ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- the op -------------------------------------------------------------------------------------------------------------- */
 
 static void fast_backward(Scan &s) {
   scan_cut(s);
-  const size_t size = s.B * s.D, rep = s.D / STATES / s.J, chunked = s.chunks > 1 ? s.chunks * size : 0, final = chunked && s.dstate ? size * STATES : 0;
+  const size_t size = s.B * s.D, rep = s.D / STATES / s.J, chunked = s.chunks > 1 ? s.chunks * size : 0,
+               final = chunked && s.dstate ? size * STATES : 0;
   s.group = rep % 4 == 0 ? 4 : rep % 2 == 0 ? 2 : 1;
   const size_t part_B = s.group == rep ? 0 : s.B * s.T * (s.D / s.group), checkpoints = s.B * ceil_div(s.T, RUN) * s.D * STATES;
-  s.part = (float *)device_scratch((s.chunks * size * (STATES + 2) + chunked * (2 * STATES + 1) + final + part_B) * sizeof(float) + checkpoints * sizeof(real));
+  s.part =
+      (float *)device_scratch((s.chunks * size * (STATES + 2) + chunked * (2 * STATES + 1) + final + part_B) * sizeof(float) +
+                              checkpoints * sizeof(real));
   if (!s.part) return;
   s.ends = s.part + s.chunks * size * (STATES + 2), s.starts = s.ends + chunked * STATES;
   float *copy = s.starts + chunked * STATES;
@@ -377,8 +400,11 @@ static void fast_backward(Scan &s) {
   }
   if (s.chunks > 1) scan_pass(ENDS, s), scan_pass(STARTS, s);
   scan_pass(CHECKPOINTS, s);
-  LAUNCH((back_over_runs<2>), ceil_div(s.D, 64) * s.B * s.chunks, 32 * BACK_WARPS, BACK_WARPS * (sizeof(BackSpace) + 2 * RUN * 32 * sizeof(float)), s);
-  if (part_B) LAUNCH(sum_dB, blocks_for(s.B * s.T * s.J * STATES, 256), 256, 0, s.dB, s.part_B, rep / s.group, (size_t)STATES, s.B * s.T * s.J * STATES);
+  LAUNCH((back_over_runs<2>), ceil_div(s.D, 64) * s.B * s.chunks, 32 * BACK_WARPS,
+         BACK_WARPS * (sizeof(BackSpace) + 2 * RUN * 32 * sizeof(float)), s);
+  if (part_B)
+    LAUNCH(sum_dB, blocks_for(s.B * s.T * s.J * STATES, 256), 256, 0, s.dB, s.part_B, rep / s.group, (size_t)STATES,
+           s.B * s.T * s.J * STATES);
 }
 
 void selective_scan_backward(real *dx, real *ddt, float *dA_log, real *dB, real *dC, float *dD, float *ddt_bias, real *dz,
@@ -386,12 +412,16 @@ void selective_scan_backward(real *dx, real *ddt, float *dA_log, real *dB, real 
                              const float *A_log, const real *Bm, const real *C, const float *Dskip, const float *dt_bias,
                              const real *z, Rows rows, size_t B, size_t T, size_t D, size_t N, size_t J) {
   Scan s = {};
-  s.x = x, s.dt = dt, s.A_log = A_log, s.Bm = Bm, s.C = C, s.Dskip = Dskip, s.dt_bias = dt_bias, s.z = z, s.B = B, s.T = T, s.D = D, s.N = N, s.J = J;
-  s.rows.prev = rows.prev, s.dy = dy, s.dx = dx, s.ddt = ddt, s.dB = dB, s.dC = dC, s.dz = dz, s.dstate = dstate, s.initial = state;
+  s.x = x, s.dt = dt, s.A_log = A_log, s.Bm = Bm, s.C = C, s.Dskip = Dskip, s.dt_bias = dt_bias, s.z = z, s.B = B, s.T = T,
+  s.D = D, s.N = N, s.J = J;
+  s.rows.prev = rows.prev, s.dy = dy, s.dx = dx, s.ddt = ddt, s.dB = dB, s.dC = dC, s.dz = dz, s.dstate = dstate,
+  s.initial = state;
   if (!B || !T || !D || !N || !J) return;
   if (scan_fast(s) && !((uintptr_t)state & 15))
     fast_backward(s);
   else
     any_backward(s);
-  if (s.part) LAUNCH(sum_parameters, blocks_for(D * (N + 2), 256), 256, 0, dA_log, dD, ddt_bias, s.part, s.chunks ? s.chunks * B : B, D, N);
+  if (s.part)
+    LAUNCH(sum_parameters, blocks_for(D * (N + 2), 256), 256, 0, dA_log, dD, ddt_bias, s.part, s.chunks ? s.chunks * B : B, D,
+           N);
 }

@@ -78,13 +78,11 @@ template <bool FAST, int MT, int WARPS, int NT> static __global__ void __launch_
           const log_t cum = d->cum[t];
 #pragma unroll
           for (int n = 0; n < 2; n++) {
-            float m[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int u = 16 * j + 8 * n + lane % 4 * 2 + e;
-              m[e] = G[n][2 * half + e] * decay_between(d, cum, first_of_t, t, u) * d->d[u] + (t == u ? D : 0);
-            }
-            pack(*(word *)(M + lower(i, j) + at<16>(lane / 4 + 8 * half, 8 * n + lane % 4 * 2)), m[0], m[1]);
+            const int u = 16 * j + 8 * n + lane % 4 * 2;
+            const float2 L = decays_between(d, cum, first_of_t, t, u), step = *(const float2 *)(d->d + u);
+            float a = G[n][2 * half] * L.x * step.x, b = G[n][2 * half + 1] * L.y * step.y;
+            if (i == j) a += t == u ? D : 0, b += t == u + 1 ? D : 0;
+            pack(*(word *)(M + lower(i, j) + at<16>(lane / 4 + 8 * half, 8 * n + lane % 4 * 2)), a, b);
           }
         }
       }
@@ -279,19 +277,20 @@ static __device__ void run_decay(float *w, float *e, float d, int n, float A2) {
   if (j == 0) *e = exp2_approx(-A2 * sum);
 }
 
-template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_THREADS, RPT > 2 ? 2 : 4) replay(Ssd s) {
+template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_THREADS, RPT == 1 ? 4 : RPT == 2 ? 3 : 2) replay(Ssd s) {
   constexpr int ROWS = GROUPS * RPT, N = 32 * CHUNKS;
   DYNAMIC_SHARED(float, inter); /* (T,ROWS) S C_t, then (T,N) C, (RING+T,N) B, (RING+T,ROWS) x */
   __shared__ Paths paths;
   __shared__ float d[PAST], w[PENDING][SSD_RING], e[PENDING], fold_w[SSD_RING], fold_e;
   __shared__ int fold_list[SSD_RING];
+  __shared__ Place later; /* what is needed again after the state has filled the registers */
   float *Cs = inter + s.T * ROWS;
   real *Bs = (real *)(Cs + s.T * N), *xs = Bs + (RING + s.T) * N;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group = lane / 8, part = lane % 8;
   const Block k = block_of(s, 1);
-  const int b = k.b, p0 = k.slice * ROWS, rows = min(ROWS, s.P - p0), chunks = Slice<CHUNKS, RPT>::chunks(s), first_row = 4 * warp + group;
-  const int slot = s.rows.slot ? s.rows.slot[b] : b;
-  float *checkpoint = s.state + (((size_t)slot * s.H + k.h) * s.P + p0) * s.N;
+  const int b = k.b, p0 = k.slice * ROWS, rows = RPT > 1 ? ROWS : min(ROWS, s.P - p0), chunks = Slice<CHUNKS, RPT>::chunks(s), first_row = 4 * warp + group;
+  const Place at = place(s, b); /* what is in Rows is older than the kernel before */
+  float *checkpoint = s.state + (((size_t)at.slot * s.H + k.h) * s.P + p0) * s.N;
   if (CHUNKS)
     for (int i = tid; i < rows * N / 32; i += REPLAY_THREADS) prefetch_l2(checkpoint + 32 * i);
   wait_for_previous_kernel();
@@ -315,11 +314,10 @@ template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_T
   load_checkpoint();
   let_next_kernel_start();
 
-  const Place at = place(s, b);
   const int ring = min(at.pos - at.begin, (int)RING), past = ring + s.T, rep = s.H / s.G;
-  auto row_of = [&](int i) { return i < ring ? (size_t)slot * RING + (at.begin + i) % RING : (size_t)b * s.T + i - ring; };
+  auto row_of = [&](int i) { return i < ring ? at.slot * RING + (at.begin + i) % RING : b * s.T + i - ring; };
   auto B_at = [&](int i, int c, float(&v)[4]) { /* B of entry i, this thread's columns */
-    const real *from = (i < ring ? s.ring.B : s.Bm) + (row_of(i) * s.G + k.g) * s.N;
+    const real *from = (i < ring ? s.ring.B : s.Bm) + ((size_t)row_of(i) * s.G + k.g) * s.N;
     for (int q = 0; q < 4; q++) v[q] = CHUNKS ? load(Bs + i * N + 32 * c + 4 * part + q) : 32 * c + 4 * part + q < s.N ? load(from + 32 * c + 4 * part + q) : 0;
   };
   auto C_at = [&](int t, int c, float(&v)[4]) {
@@ -329,30 +327,35 @@ template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_T
   };
   auto x_at = [&](int i, int row) {
     if (CHUNKS) return load(xs + i * ROWS + row);
-    return row < rows ? load((i < ring ? s.ring.x : s.x) + (row_of(i) * s.G + k.g) * s.P + p0 + row) : 0;
+    return row < rows ? load((i < ring ? s.ring.x : s.x) + ((size_t)row_of(i) * s.G + k.g) * s.P + p0 + row) : 0;
   };
   if (CHUNKS) {
     constexpr int pieces = (N + ROWS) / REALS_16;
+#pragma unroll 1
     for (int i = tid; i < past * pieces; i += REPLAY_THREADS) {
       const int entry = i / pieces, piece = i % pieces * REALS_16;
-      const size_t row = row_of(entry) * s.G + k.g;
+      const size_t row = (size_t)row_of(entry) * s.G + k.g;
       if (piece < N)
         cp_async_16(Bs + entry * N + piece, (entry < ring ? s.ring.B : s.Bm) + row * s.N + piece);
       else
         cp_async_16(xs + entry * ROWS + piece - N, (entry < ring ? s.ring.x : s.x) + row * s.P + p0 + piece - N, piece - N < rows ? 16 : 0);
     }
     cp_async_commit();
+#pragma unroll 1
     for (int i = tid; i < s.T * N; i += REPLAY_THREADS) {
       const int t = i / max(N, 1), n = i % max(N, 1);
       Cs[i] = load(s.C + (((size_t)b * s.T + t) * s.H + k.h) * N + n);
     }
   }
   const float A2 = log2_decay(s, k.h), D = s.Dskip ? s.Dskip[k.h] : 0;
+#pragma unroll 1
   for (int i = tid; i < past; i += REPLAY_THREADS)
-    d[i] = i < ring ? fabsf(s.ring.dt[row_of(i) * s.H + k.h]) : step_size(load(s.dt + row_of(i) * s.H + k.h) + (s.dt_bias ? s.dt_bias[k.h] : 0));
+    d[i] = i < ring ? fabsf(s.ring.dt[(size_t)row_of(i) * s.H + k.h]) : step_size(load(s.dt + (size_t)row_of(i) * s.H + k.h) + (s.dt_bias ? s.dt_bias[k.h] : 0));
+  if (tid == 0) later = at;
   climb(&paths, s, at, b, ring);
   __syncthreads();
 
+#pragma unroll 1
   for (int t = tid / SSD_RING; t < (s.T + 1) / 2 * 2; t += REPLAY_THREADS / SSD_RING) { /* whole warps */
     const int u = min(t, s.T - 1), n = paths.length[u], j = tid % SSD_RING;
     run_decay(w[u], e + u, j < n ? d[paths.list[u][j]] : 0, n, A2);
@@ -361,10 +364,12 @@ template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_T
   __syncthreads();
 
   /* w[t][j] becomes the factor of x_j in y_t. */
+#pragma unroll 1
   for (int i = tid / 8; i < (s.T * SSD_RING + 3) / 4 * 4; i += GROUPS) {
     const int t = min(i / SSD_RING, s.T - 1), j = i % SSD_RING, n = paths.length[t];
     const bool there = i < s.T * SSD_RING && j < n;
     float sum = 0;
+#pragma unroll 2
     for (int c = 0; c < chunks; c++) {
       float u[4], v[4];
       C_at(t, c, u);
@@ -393,10 +398,10 @@ template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_T
 
   /* First the checkpoint moves for good; then S goes to each base and is read for all its tokens; last, without a ring, to the state
    * after `keep` tokens. Entries are numbered from the checkpoint as found, -1. */
-  const int target = s.ring.x ? min(at.cut, ring) - 1 : -1;
+  const int target = s.ring.x ? min(later.cut, ring) - 1 : -1;
   int stands = -1, checkpoint_at = -1;
   for (int t = -1; t <= s.T; t++) {
-    const int goal = t < 0 ? target : t < s.T ? paths.base[t] : s.ring.x ? -1 : at.cut - 1;
+    const int goal = t < 0 ? target : t < s.T ? paths.base[t] : s.ring.x ? -1 : later.cut - 1;
     bool done = t == s.T ? goal < 0 : goal == -2;
     for (int u = 0; u < min(t, s.T); u++) done |= t < s.T && paths.base[u] == goal;
     if (done) continue;
@@ -476,6 +481,7 @@ template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_T
   }
   __syncthreads();
 
+#pragma unroll 1
   for (int i = tid; i < s.T * ROWS; i += REPLAY_THREADS) {
     const int t = i / ROWS, row = i % ROWS, n = paths.length[t];
     if (row >= rows) continue;
@@ -485,7 +491,7 @@ template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_T
   }
 
   if (s.ring.x && s.T == 1) { /* its entry is none of those that this call reads; more tokens: `remember` */
-    const size_t to = (size_t)slot * RING + at.pos % RING;
+    const size_t to = (size_t)later.slot * RING + later.pos % RING;
     if (k.slice == 0 && tid == 0) s.ring.dt[to * s.H + k.h] = d[ring];
     if (k.h % rep == 0) {
       for (int i = tid; i < rows; i += REPLAY_THREADS) store(s.ring.x + (to * s.G + k.g) * s.P + p0 + i, x_at(ring, i));
@@ -507,12 +513,13 @@ template <int CHUNKS, int RPT> static void run_replay(Ssd s) {
   LAUNCH_EARLY((replay<CHUNKS, RPT>), (unsigned)blocks, REPLAY_THREADS, shared, s);
 }
 
-/* Rows a thread: many where there are heads enough, so that the ring is read by few blocks; else few, to fill the GPU. */
+/* Rows a thread, 1 where they would not come out even: many where there are heads enough, so that the ring is read by few blocks;
+ * else few, to fill the GPU. */
 template <int CHUNKS> static void replay_rows(const Ssd &s) {
   const size_t heads = (size_t)s.B * s.H, enough = 4 * (size_t)multiprocessors();
-  if (s.P > 64 && heads * ceil_div(s.P, 128) >= enough)
+  if (s.P % 128 == 0 && heads * (s.P / 128) >= enough)
     run_replay<CHUNKS, 4>(s);
-  else if (s.P > 32 && heads * ceil_div(s.P, 64) >= enough)
+  else if (s.P % 64 == 0 && heads * (s.P / 64) >= enough)
     run_replay<CHUNKS, 2>(s);
   else
     run_replay<CHUNKS, 1>(s);

@@ -89,20 +89,24 @@ static __device__ inline void mma2(float (&c)[4], float (&d)[4], const word (&a)
 /* ---- tiles in shared memory --------------------------------------------------------------------------------------------------- */
 
 /* Element (row, col) of a tile of COLS columns: the 16-byte pieces of a row change places from row to row, so that eight rows of a
- * column of pieces lie in different banks. */
-template <int COLS> static __device__ inline int at(int row, int col) {
+ * column of pieces lie in different banks. All of a row's bits are above those of col. */
+template <int COLS> static __device__ inline int row_at(int row) {
   constexpr int pieces = COLS / REALS_16, turn = pieces < 8 ? pieces : 8;
-  return row * COLS + (col / REALS_16 ^ row * turn / 8 % turn) * REALS_16 + col % REALS_16;
+  return row * COLS + row * turn / 8 % turn * REALS_16;
 }
+template <int COLS> static __device__ inline int at(int row, int col) { return row_at<COLS>(row) ^ col; }
 
 /* Operands from the 16x16 matrix at (row, col) of a tile: left, left of its transpose, right (it is (k,n)), right of its transpose. */
 enum { LEFT, LEFT_T, RIGHT, RIGHT_T };
 template <int COLS, int HOW> static __device__ inline void load(unsigned (&w)[4], const __nv_bfloat16 *tile, int row, int col) {
-  const int lane = threadIdx.x % 32, down = lane & 8, across = lane / 16 * 8; /* where quarters 1 and 3, 2 and 3 stand */
-  if (HOW == LEFT) ldmatrix_x4(w, tile + at<COLS>(row + lane % 8 + down, col + across));
-  if (HOW == RIGHT_T) ldmatrix_x4(w, tile + at<COLS>(row + lane % 8 + across, col + down));
-  if (HOW == LEFT_T) ldmatrix_x4_trans(w, tile + at<COLS>(row + lane % 8 + across, col + down));
-  if (HOW == RIGHT) ldmatrix_x4_trans(w, tile + at<COLS>(row + lane % 8 + down, col + across));
+  const int lane = threadIdx.x % 32, one = lane & 8, two = lane / 16 * 8; /* where quarters 1 and 3, 2 and 3 stand */
+  const bool down_first = HOW == LEFT || HOW == RIGHT;
+  const int lane_at = row_at<COLS>(row + lane % 8 + (down_first ? one : two)) * 2 ^ (down_first ? two : one) * 2;
+  const char *p = (const char *)tile + (lane_at ^ col * 2); /* most of col is known at compile time */
+  if (HOW == LEFT || HOW == RIGHT_T)
+    ldmatrix_x4(w, p);
+  else
+    ldmatrix_x4_trans(w, p);
 }
 template <int COLS, int HOW> static __device__ inline void load(float2 (&w)[4], const float *tile, int row, int col) {
   const int lane = threadIdx.x % 32;
@@ -300,10 +304,15 @@ static __device__ inline void make_decay(Decay *k, const Steps &v, int n, float 
 
 static __device__ inline float log2_decay(const Ssd &s, int h) { return exp_(s.A_log[h]) * 1.44269504f; }
 
-/* L[t,s] */
-static __device__ inline float decay_between(const Decay *k, log_t cum, int first, int t, int s) {
-  const float l = exp2_approx((float)(cum - k->cum[s]));
-  return s <= t && s >= first ? l : 0;
+/* L[t,s] of tokens s, s+1, even s, for one t */
+struct alignas(2 * sizeof(log_t)) Two {
+  log_t v[2];
+};
+static __device__ inline float2 decays_between(const Decay *k, log_t cum, int first, int t, int s) {
+  const Two c = *(const Two *)(k->cum + s);
+  const float a = exp2_approx((float)(cum - c.v[0])), b = exp2_approx((float)(cum - c.v[1]));
+  const unsigned span = t - first;
+  return make_float2((unsigned)(s - first) <= span ? a : 0, (unsigned)(s + 1 - first) <= span ? b : 0);
 }
 
 /* ---- a state in registers --------------------------------------------------------------------------------------------------------------

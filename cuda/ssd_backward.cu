@@ -127,21 +127,16 @@ static __device__ inline void triangles(real *M, real *V, Sums *sums, const Deca
       float row = 0;
 #pragma unroll
       for (int q = 0; q < 2; q++) {
-        float m[2], v[2];
+        const int s = 16 * j + 8 * q + lane % 4 * 2, to = lower(i, j) + at<16>(lane / 4 + 8 * half, 8 * q + lane % 4 * 2);
+        const float2 L = decays_between(d, cum, first, t, s), step = *(const float2 *)(d->d + s);
+        const float g[2] = {G[q][2 * half] * L.x, G[q][2 * half + 1] * L.y}, w[2] = {W[q][2 * half], W[q][2 * half + 1]};
+        float z[2] = {w[0] * g[0], w[1] * g[1]}, skip[2] = {};
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int s = 16 * j + 8 * q + lane % 4 * 2 + e;
-          const float L = decay_between(d, cum, first, t, s), g = G[q][2 * half + e] * L, w = W[q][2 * half + e], z = w * g;
-          m[e] = g * d->d[s] + (t == s ? D : 0);
-          v[e] = w * L * d->d[s];
-          if (t == s)
-            sums->z[t] = z, sums->W[t] = w;
-          else
-            row += z * d->d[s], col[q][e] += z;
-        }
-        const int to = lower(i, j) + at<16>(lane / 4 + 8 * half, 8 * q + lane % 4 * 2);
-        pack(*(word *)(M + to), m[0], m[1]);
-        pack(*(word *)(V + to), v[0], v[1]);
+        for (int e = 0; e < 2; e++)
+          if (t == s + e) sums->z[t] = z[e], sums->W[t] = w[e], z[e] = 0, skip[e] = D;
+        row += z[0] * step.x + z[1] * step.y, col[q][0] += z[0], col[q][1] += z[1];
+        pack(*(word *)(M + to), g[0] * step.x + skip[0], g[1] * step.y + skip[1]);
+        pack(*(word *)(V + to), w[0] * L.x * step.x, w[1] * L.y * step.y);
       }
       row += __shfl_xor_sync(0xffffffffu, row, 1);
       row += __shfl_xor_sync(0xffffffffu, row, 2);
@@ -159,7 +154,7 @@ static __device__ inline void triangles(real *M, real *V, Sums *sums, const Deca
 
 /* One warp, two neighbouring tokens a lane: ddt and the parameters' sums. */
 static __device__ inline void finish(const Ssd &s, const Sums *sums, const Decay *d, float *partial, size_t row, int h, int n, bool add) {
-  const int lane = threadIdx.x % 32, blocks = (n + 15) / 16;
+  const int lane = threadIdx.x % 32;
   const float A = exp_(s.A_log[h]);
   float dd[2], future[2], past[2], whole = 0;
   for (int w = 0; w < WARPS; w++) whole += sums->whole[w];
@@ -170,8 +165,11 @@ static __device__ inline void finish(const Ssd &s, const Sums *sums, const Decay
     dd[i] = future[i] = past[i] = 0;
     if (t >= n) continue;
     float col = 0, C = 0, B = 0;
-    for (int j = 0; j <= t / 16; j++) future[i] += sums->row[j][t];
-    for (int j = t / 16; j < blocks; j++) col += sums->col[j][t];
+#pragma unroll
+    for (int j = 0; j < BLOCKS; j++) {
+      if (j <= t / 16) future[i] += sums->row[j][t];
+      if (j >= t / 16 && 16 * j < n) col += sums->col[j][t];
+    }
     for (int w = 0; w < WARPS; w++) C += sums->C[w][t], B += sums->B[w][t];
     future[i] += d->e[t] * C - d->d[t] * col;
     dd[i] = col + sums->z[t] + d->w[t] * B;
@@ -201,7 +199,7 @@ static __device__ inline void finish(const Ssd &s, const Sums *sums, const Decay
 template <int PT, int NT> static __device__ inline float exchange(real *S, const real *from) {
   constexpr int pieces = NT / REALS_16;
   float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = threadIdx.x; i < PT * pieces; i += THREADS) {
     real *to = S + at<NT>(i / pieces, i % pieces * REALS_16);
     float a[REALS_16], b[REALS_16];
@@ -238,29 +236,33 @@ template <bool FAST, int PT, int NT> static __global__ void __launch_bounds__(TH
   const size_t first = row.first, tile = (size_t)PT * NT;
   const int ldC = s.H * s.N, lddy = s.H * s.P, ldB = s.G * s.N, ldx = s.G * s.P;
 
-  auto load_head = [&](int h) {
+  auto load_head = [&](int h) { /* what the triangles need, then the state */
     fetch<FAST, Q, NT, THREADS>(C, s.C + first * ldC + h * s.N + s.n0, ldC, n, cols, row);
     fetch<FAST, Q, PT, THREADS>(dY, s.dy + first * lddy + h * s.P + s.p0, lddy, n, rows, row);
+    cp_async_commit();
     const real *from = s.tiles + (((size_t)b * s.H + h) * s.chunks + c) * tile;
     fetch<true, PT, NT, THREADS>(S, from, NT, PT, NT, [](int r) { return r; });
     cp_async_commit();
     for (int i = threadIdx.x; i < (int)(tile * sizeof(real) / 128); i += THREADS)
       prefetch_l2((const char *)(from + (size_t)s.B * s.H * s.chunks * tile) + 128 * i);
-    if (warp == WARPS - 1) {
-      const Steps v = load_steps(s, row, now, h);
-      make_decay(d, v, n, log2_decay(s, h));
-      for (int i = 0; i < 2; i++) sums->raw[2 * lane + i] = v.raw[i], sums->start[2 * lane + i] = v.start[i];
-    }
+  };
+  auto decays = [&](const Steps &v, int h) {
+    make_decay(d, v, n, log2_decay(s, h));
+    for (int i = 0; i < 2; i++) sums->raw[2 * lane + i] = v.raw[i], sums->start[2 * lane + i] = v.start[i];
   };
 
   fetch<FAST, Q, PT, THREADS>(X, s.x + first * ldx + g * s.P + s.p0, ldx, n, rows, row);
   fetch<FAST, Q, NT, THREADS>(Y, s.Bm + first * ldB + g * s.N + s.n0, ldB, n, cols, row);
   load_head(g * rep);
+  if (warp == WARPS - 1) decays(load_steps(s, row, now, g * rep), g * rep);
   float dx[BLOCKS][2 * PG][4] = {}, dB[BLOCKS][2 * CG][4] = {};
   for (int h = g * rep; h < (g + 1) * rep; h++) {
-    cp_async_wait<0>();
+    const bool more = h + 1 < (g + 1) * rep;
+    Steps ahead;
+    cp_async_wait<1>();
     __syncthreads();
     triangles<PT, NT>(M, V, sums, d, X, Y, C, dY, s.Dskip && !s.n0 ? s.Dskip[h] : 0, n);
+    cp_async_wait<0>();
     __syncthreads();
 #pragma unroll 1
     for (int t = 0; t < n; t += 32) { /* dC */
@@ -318,9 +320,14 @@ template <bool FAST, int PT, int NT> static __global__ void __launch_bounds__(TH
           for (int e = 0; e < 4; e++) dx[r + m][q][e] += acc[m][q][e];
     }
     add_upper<PG, PT>(dx, M, dY, col_p, n);
+    if (warp == WARPS - 1 && more) ahead = load_steps(s, row, now, h + 1);
     __syncthreads();
-    if (warp == WARPS - 1) finish(s, sums, d, partial + (h - g * rep) * PARTIALS, first, h, n, add);
-    if (h + 1 < (g + 1) * rep) load_head(h + 1); /* the last warp's decays come after its finish */
+    if (more) load_head(h + 1);
+    if (warp == WARPS - 1) {
+      finish(s, sums, d, partial + (h - g * rep) * PARTIALS, first, h, n, add);
+      __syncwarp();
+      if (more) decays(ahead, h + 1);
+    }
   }
   store_rows<FAST, BLOCKS, PG>(s.dx + first * ldx + g * s.P + s.p0, ldx, dx, 0, n, col_p, rows, s.n0 > 0);
   store_rows<FAST, BLOCKS, CG>(s.dB + first * ldB + g * s.N + s.n0, ldB, dB, 0, n, col_n, cols, s.p0 > 0);

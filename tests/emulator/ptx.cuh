@@ -46,7 +46,7 @@ static inline void ldmatrix_x2_trans(unsigned (&r)[2], const void *row) { emulat
 static inline void cp_async_16(void *shared, const void *global, int bytes = 16) {
   assert((uintptr_t)shared % 16 == 0 && (bytes == 0 || (uintptr_t)global % 16 == 0));
   memset(shared, 0, 16);
-  memcpy(shared, global, (size_t)bytes);
+  if (bytes) memcpy(shared, global, (size_t)bytes);
 }
 static inline void cp_async_16_ahead(void *shared, const void *global, int bytes = 16) { cp_async_16(shared, global, bytes); }
 static inline void cp_async_commit() {}
