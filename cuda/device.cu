@@ -222,8 +222,12 @@ void device_zero(void *p, size_t bytes) {
 static __global__ void widen(float *to, const real *from, size_t n) {
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) to[i] = load(from + i);
 }
-static __device__ void round_to(float *to, float x) { *to = x; }
-static __device__ void round_to(__nv_bfloat16 *to, float x) { *to = __ushort_as_bfloat16(float_to_bf16(x)); } /* NaN keeps its upper bits */
+template <class T> static __device__ void round_to(T *to, float x) { /* NaN keeps its upper bits */
+  if constexpr (sizeof(T) == sizeof(float))
+    *to = x;
+  else
+    *to = __ushort_as_bfloat16(float_to_bf16(x));
+}
 static __global__ void narrow(real *to, const float *from, size_t n) {
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) round_to(to + i, from[i]);
 }
