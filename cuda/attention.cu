@@ -1,12 +1,13 @@
-/* attention.cu - RoPE and causal GQA attention of many tokens, by FlashAttention-2 (Dao 2023): a block owns rows of queries and runs
- * over the keys that they see, from the cache and from this call, with online softmax. attention_few.cu has few tokens with a State. */
+/* attention.cu - RoPE and causal GQA attention of many tokens, by FlashAttention-2 (Dao 2023): a block owns rows of queries and
+ * runs over the keys that they see, from the cache and from this call, with online softmax. attention_few.cu has few tokens
+ * with a State. */
 #include "attention.cuh"
 
-/* ---- RoPE ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- RoPE ---------------------------------------------------------------------------------------------------------------- */
 
 /* A block a token. units: of 16 bytes in half a head; 0: element by element. Shared: cos, then sin, of P/2 angles. */
-static __global__ void rope(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, float sign, int H, int P,
-                            int units) {
+static __global__ void rope(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, float sign,
+                            int H, int P, int units) {
   DYNAMIC_SHARED(float, cosine);
   const int half = P / 2, width = units ? REALS_16 : 1, per_head = half / width, n = H * per_head;
   float *sine = cosine + half;
@@ -49,23 +50,25 @@ static __global__ void rope(real *y, const real *x, const int32_t *position, con
   }
 }
 
-static void run_rope(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, float sign, size_t M, size_t H,
-                     size_t P) {
+static void run_rope(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, float sign, size_t M,
+                     size_t H, size_t P) {
   if (!H || !P) return;
   const int units = P / 2 % REALS_16 || !all_aligned({x, y}) ? 0 : (int)(P / 2 / REALS_16);
   const unsigned threads = H * (units ? (size_t)units : P / 2) > 128 ? 256 : 128;
   LAUNCH_EARLY(rope, M, threads, P * sizeof(float), y, x, position, inv_freq, scale, sign, H, P, units);
 }
 
-void rope_forward(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H, size_t P) {
+void rope_forward(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
+                  size_t P) {
   run_rope(y, x, position, inv_freq, scale, 1, M, H, P);
 }
 /* y = scale R(a) x: dx = scale R(-a) dy */
-void rope_backward(real *dx, const real *dy, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H, size_t P) {
+void rope_backward(real *dx, const real *dy, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
+                   size_t P) {
   run_rope(dx, dy, position, inv_freq, scale, -1, M, H, P);
 }
 
-/* ---- documents -------------------------------------------------------------------------------------------------------------------- */
+/* ---- documents ----------------------------------------------------------------------------------------------------------- */
 
 /* A block a row: the running maximum of the t at which documents start. */
 static __global__ void scan_starts(int32_t *starts, const int32_t *prev, int T) {
@@ -93,11 +96,12 @@ void find_starts(int32_t *starts, const int32_t *prev, size_t B, size_t T) {
   LAUNCH(scan_starts, B, T < 256 ? 256 : 1024, 0, starts, prev, T);
 }
 
-/* ---- many tokens ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- many tokens --------------------------------------------------------------------------------------------------------- */
 
 /* Scores to weights. Of a row: its greatest score so far, and this lane's part of the sum of weights. scale > 0. */
 template <int MT, int N, int D>
-__device__ static inline void online_softmax(float (&s)[MT][N][4], float (&o)[MT][D][4], float (&top)[MT][2], float (&sum)[MT][2], float scale) {
+__device__ static inline void online_softmax(float (&s)[MT][N][4], float (&o)[MT][D][4], float (&top)[MT][2],
+                                             float (&sum)[MT][2], float scale) {
   float most[MT][2];
   bool rises = false;
 #pragma unroll
@@ -136,23 +140,26 @@ __device__ static inline void online_softmax(float (&s)[MT][N][4], float (&o)[MT
     }
 }
 
-/* Grid (H, tiles of queries, B), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one tile ahead. */
+/* Grid (H, tiles of queries, B), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one ahead. */
 template <int PD, int MT, int WARPS, int KEYS, int BLOCKS>
 static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_many(Attention a) {
   constexpr int ROWS = 16 * MT * WARPS, THREADS = 32 * WARPS, N = KEYS / 8;
   DYNAMIC_SHARED(real, q_tile);
   real *const k_tile = q_tile + at<PD>(ROWS, 0), *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
-  const int h = blockIdx.x, b = a.begin + blockIdx.z, first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
+  const int h = blockIdx.x, b = a.begin + blockIdx.z;
+  const int first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
   const int base = base_of(a, b), low = first_seen(a, b, base, first), begin = (base + low) / KEYS * KEYS - base;
   const Keys keys = keys_of(a, b, h / a.rep, base);
   auto fetch = [&](int e, int to) {
-    load_keys<PD, KEYS, THREADS, true>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, keys, a.kcache, a.k, e, low, last + 1);
+    load_keys<PD, KEYS, THREADS, true>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, keys, a.kcache, a.k, e,
+                                       low, last + 1);
     cp_async_commit();
   };
 
   const real *q = a.q + query_at(a, b, first, h);
-  load_tile<PD, ROWS, THREADS>(q_tile, Alone(), q, a.P, a.whole, 0, a.T - first, [&](int row) { return q + row * (a.H * a.P); });
+  load_tile<PD, ROWS, THREADS>(q_tile, Alone(), q, a.P, a.whole, 0, a.T - first,
+                               [&](int row) { return q + row * (a.H * a.P); });
   float o[MT][PD / 8][4] = {}, top[MT][2], sum[MT][2] = {};
 #pragma unroll
   for (int m = 0; m < MT; m++) top[m][0] = top[m][1] = -1e30f; /* below any score, and differences from it are no NaN */
@@ -162,7 +169,8 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_many(Attenti
     cp_async_wait<0>();
     __syncthreads();
     if (e + KEYS <= last) fetch(e + KEYS, buffer ^ 1);
-    if (e >= warp_first + 16 * MT || e + KEYS <= first_seen(a, b, base, warp_first)) continue; /* above the diagonal, or nobody's any more */
+    /* Above the diagonal, or before everything that the warp's rows see. */
+    if (e >= warp_first + 16 * MT || e + KEYS <= first_seen(a, b, base, warp_first)) continue;
     float s[MT][N][4];
     score<PD>(s, q_tile, mine, k_tile, buffer * KEYS);
     if (e + KEYS > warp_first + 1 || e < first_seen(a, b, base, min(warp_first + 16 * MT, a.T) - 1)) {
@@ -197,7 +205,8 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_many(Attenti
                  [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
 }
 
-template <int PD, int MT, int WARPS, int KEYS> constexpr size_t MANY_SHARED = (16 * MT * WARPS + 4 * KEYS) * PITCH<PD> * sizeof(real);
+template <int PD, int MT, int WARPS, int KEYS>
+constexpr size_t MANY_SHARED = (16 * MT * WARPS + 4 * KEYS) * PITCH<PD> * sizeof(real);
 
 template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static bool run_many(const Attention &a) {
   constexpr size_t SHARED = MANY_SHARED<PD, MT, WARPS, KEYS>;
@@ -210,13 +219,14 @@ template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static bool run_many(
 
 /* Tiles by the bytes of a row, and smaller ones for cards with less shared memory. */
 template <int PD> static bool run_many_of(const Attention &a) {
-  constexpr int BYTES = PD * sizeof(real), MT = sizeof(real) == 2 && PD <= 128 ? 2 : 1, KEYS = BYTES <= 256 ? 64 : 16384 / BYTES;
+  constexpr int BYTES = PD * sizeof(real), MT = sizeof(real) == 2 && PD <= 128 ? 2 : 1;
+  constexpr int KEYS = BYTES <= 256 ? 64 : 16384 / BYTES;
   if (run_many<PD, MT, 4, KEYS, BYTES <= 512 ? 2 : 1>(a)) return true;
   if constexpr (MANY_SHARED<PD, MT, 4, KEYS> > LEAST_SHARED) return run_many<PD, 1, 4, 16, 1>(a);
   return false;
 }
 
-/* ---- any head dimension, any scale: a block a query, plain loops ---------------------------------------------------------------------------------- */
+/* ---- any head dimension, any scale: a block a query, plain loops --------------------------------------------------------- */
 
 /* Grid (T, H, B), 128 threads; shared: o (P). */
 static __global__ void attend_plain(Attention a) {
@@ -257,11 +267,12 @@ static __global__ void attend_plain(Attention a) {
   if (a.lse && i == 0) a.lse[((size_t)b * a.H + h) * a.T + t] = top * LN2 + logf(sum);
 }
 
-/* ---- the op ------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- the op -------------------------------------------------------------------------------------------------------------- */
 
 /* Grid (min(T,K), 1, B): the last K of the tokens that may still be asked for. */
 static __global__ void write_caches(Attention a) {
-  const int b = a.begin + blockIdx.z, end = a.rows.keep ? min(a.T, a.rows.keep[b] + PENDING) : a.T, t = max(end - a.K, 0) + (int)blockIdx.x;
+  const int b = a.begin + blockIdx.z, end = a.rows.keep ? min(a.T, a.rows.keep[b] + PENDING) : a.T;
+  const int t = max(end - a.K, 0) + (int)blockIdx.x;
   if (t >= end) return;
   const int width = a.G * a.P;
   const size_t to = ((size_t)slot_of(a, b) * a.K + (base_of(a, b) + t) % a.K) * width, from = key_at(a, b, t, 0);
@@ -270,24 +281,32 @@ static __global__ void write_caches(Attention a) {
     ((uint4 *)(a.kcache + to))[i] = ((const uint4 *)(a.k + from))[i];
     ((uint4 *)(a.vcache + to))[i] = ((const uint4 *)(a.v + from))[i];
   }
-  for (int i = whole * REALS_16 + threadIdx.x; i < width; i += blockDim.x) a.kcache[to + i] = a.k[from + i], a.vcache[to + i] = a.v[from + i];
+  for (int i = whole * REALS_16 + threadIdx.x; i < width; i += blockDim.x)
+    a.kcache[to + i] = a.k[from + i], a.vcache[to + i] = a.v[from + i];
 }
 
-void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows, float scale,
-                       size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
+void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
+                       float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
   if (!B || !T || !H || !G) return;
   Attention a = {};
-  a.o = o, a.lse = lse, a.kcache = kcache, a.vcache = vcache, a.q = q, a.k = k, a.v = v, a.rows = rows, a.scale = scale * LOG2E;
-  a.window = (int)std::min<size_t>(window, 1 << 30), a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.K = kcache ? K : 0, a.rep = H / G;
+  a.o = o, a.lse = lse, a.kcache = kcache, a.vcache = vcache, a.q = q, a.k = k, a.v = v, a.rows = rows;
+  a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30);
+  a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.K = kcache ? K : 0, a.rep = H / G;
   a.whole = P % REALS_16 == 0 && all_aligned({o, kcache, vcache, q, k, v});
   if (kcache && T <= PENDING && attend_few_tokens(a)) return;
   if (rows.prev && !kcache) {
-    int32_t *starts = (int32_t *)device_scratch((B * T + 128) * sizeof *starts); /* tiles may look behind T, at nothing that counts */
+    /* 128 more: tiles may look behind T, at nothing that counts. */
+    int32_t *starts = (int32_t *)device_scratch((B * T + 128) * sizeof *starts);
     if (!starts) return;
     find_starts(starts, rows.prev, B, T);
     a.starts = starts;
   }
   if (!(scale > 0 && padded(P, [&](auto width) { return run_many_of<width>(a); })))
-    in_parts(a, [](const Attention &a, unsigned count) { LAUNCH(attend_plain, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a); });
-  if (kcache) in_parts(a, [](const Attention &a, unsigned count) { LAUNCH(write_caches, dim3(std::min(a.T, a.K), 1, count), 128, 0, a); });
+    in_parts(a, [](const Attention &a, unsigned count) {
+      LAUNCH(attend_plain, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a);
+    });
+  if (kcache)
+    in_parts(a, [](const Attention &a, unsigned count) {
+      LAUNCH(write_caches, dim3(std::min(a.T, a.K), 1, count), 128, 0, a);
+    });
 }

@@ -22,7 +22,7 @@ template <class F> static bool padded(size_t P, F f) {
   return P <= 256 && f(std::integral_constant<int, 256>());
 }
 
-/* ---- tiles in shared memory: rows of COLS reals and 16 unused bytes, so that eight rows' units fall into different banks ------------ */
+/* ---- tiles in shared memory: rows of COLS reals and 16 unused bytes, so that eight rows' units fall into different banks - */
 
 template <int COLS> constexpr int PITCH = COLS + REALS_16;
 template <int COLS> __device__ static inline int at(int row, int col) { return row * PITCH<COLS> + col; }
@@ -49,15 +49,19 @@ struct Beside {
   real *tile;
   ptrdiff_t far;
   __device__ const real *there(const real *x) const { return (const real *)((const char *)x + far); }
-  __device__ void load(int to, const real *x, const real *any, int bytes) const { cp_async_16(tile + to, bytes ? there(x) : any, bytes); }
+  __device__ void load(int to, const real *x, const real *any, int bytes) const {
+    cp_async_16(tile + to, bytes ? there(x) : any, bytes);
+  }
   __device__ void copy(int to, const real *x) const { tile[to] = x ? *there(x) : float_to_real(0.0f); }
 };
 __device__ static inline ptrdiff_t distance(const real *to, const real *from) { return (const char *)to - (const char *)from; }
 
-/* ROWS rows of P <= COLS reals by THREADS threads: rows from .. to stand at find(row), the others and columns from P on are zero. whole:
- * the rows are 16-byte aligned; then the copies are asynchronous, and the caller commits and waits. `any`: some device address. */
+/* ROWS rows of P <= COLS reals by THREADS threads: rows from .. to stand at find(row), the others and columns from P on are
+ * zero. whole: the rows are 16-byte aligned; then the copies are asynchronous, and the caller commits and waits. `any`: some
+ * device address. */
 template <int COLS, int ROWS, int THREADS, int UNROLL = 4, class Second, class Find>
-__device__ static inline void load_tile(real *tile, Second second, const real *any, int P, bool whole, int from, int to, Find find) {
+__device__ static inline void load_tile(real *tile, Second second, const real *any, int P, bool whole, int from, int to,
+                                        Find find) {
   constexpr int UNITS = COLS / REALS_16, STEP = THREADS / UNITS; /* THREADS is a multiple of UNITS */
   if (!whole) {
 #pragma unroll 1
@@ -82,7 +86,8 @@ __device__ static inline void load_tile(real *tile, Second second, const real *a
 }
 
 /* A warp's ROWS rows of a tile to global memory; find(row): where to, NULL: nowhere. */
-template <int COLS, int ROWS, class Find> __device__ static inline void store_rows(const real *tile, int first, int P, bool whole, Find find) {
+template <int COLS, int ROWS, class Find>
+__device__ static inline void store_rows(const real *tile, int first, int P, bool whole, Find find) {
   constexpr int UNITS = COLS / REALS_16;
   for (int i = threadIdx.x % 32; i < ROWS * UNITS; i += 32) {
     const int row = i / UNITS, col = i % UNITS * REALS_16;
@@ -98,8 +103,8 @@ template <int COLS, int ROWS, class Find> __device__ static inline void store_ro
 
 /* Accumulators (MT blocks of 16 rows) times factor[row] through the warp's own rows of a tile to global memory. */
 template <int COLS, int MT, class Find>
-__device__ static inline void store_sums(const float (&c)[MT][COLS / 8][4], const float (&factor)[MT][2], real *tile, int first, int P,
-                                         bool whole, Find find) {
+__device__ static inline void store_sums(const float (&c)[MT][COLS / 8][4], const float (&factor)[MT][2], real *tile, int first,
+                                         int P, bool whole, Find find) {
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
   __syncwarp();
 #pragma unroll
@@ -108,12 +113,13 @@ __device__ static inline void store_sums(const float (&c)[MT][COLS / 8][4], cons
     for (int n = 0; n < COLS / 8; n++)
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        put(tile + at<COLS>(first + 16 * m + 8 * i + g, 8 * n + 2 * j), c[m][n][2 * i] * factor[m][i], c[m][n][2 * i + 1] * factor[m][i]);
+        put(tile + at<COLS>(first + 16 * m + 8 * i + g, 8 * n + 2 * j), c[m][n][2 * i] * factor[m][i],
+            c[m][n][2 * i + 1] * factor[m][i]);
   __syncwarp();
   store_rows<COLS, 16 * MT>(tile, first, P, whole, find);
 }
 
-/* ---- operands: Left is 16 x 16, Right 16 x 16 (two blocks of 8 columns) ------------------------------------------------------------ */
+/* ---- operands: Left is 16 x 16, Right 16 x 16 (two blocks of 8 columns) -------------------------------------------------- */
 
 template <class E> struct Left;
 template <class E> struct Right;
@@ -122,8 +128,8 @@ template <> struct Right<__nv_bfloat16> { unsigned r[2][2]; };
 template <> struct Left<float> { float v[2][16]; };   /* rows g, g+8 */
 template <> struct Right<float> { float v[16][4]; };  /* columns 2j, 2j+1, and 8 further */
 
-/* The row of a 16 x 16 block that this lane names to ldmatrix: quarters in the order (0,0) (8,0) (0,8) (8,8), or transposed to that.
- * Registers come out in pairs as mma wants them. */
+/* The row of a 16 x 16 block that this lane names to ldmatrix: quarters in the order (0,0) (8,0) (0,8) (8,8), or transposed to
+ * that. Registers come out in pairs as mma wants them. */
 template <int COLS> __device__ static inline int lane_at() { return at<COLS>(threadIdx.x % 16, threadIdx.x % 32 / 16 * 8); }
 template <int COLS> __device__ static inline int lane_at_transposed() {
   return at<COLS>(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x % 16 / 8 * 8);
@@ -133,13 +139,15 @@ template <int COLS> __device__ static inline void load_left(Left<__nv_bfloat16> 
   ldmatrix_x4(a.r, tile + lane_at<COLS>() + at<COLS>(row, 16 * k));
 }
 /* b = tile[row .. row+16, 16 k .. 16 k+16]^T */
-template <int COLS> __device__ static inline void load_rows(Right<__nv_bfloat16> &b, const __nv_bfloat16 *tile, int row, int k) {
+template <int COLS>
+__device__ static inline void load_rows(Right<__nv_bfloat16> &b, const __nv_bfloat16 *tile, int row, int k) {
   unsigned r[4];
   ldmatrix_x4(r, tile + lane_at_transposed<COLS>() + at<COLS>(row, 16 * k));
   b.r[0][0] = r[0], b.r[0][1] = r[1], b.r[1][0] = r[2], b.r[1][1] = r[3];
 }
 /* b = tile[row .. row+16, 16 n .. 16 n+16] */
-template <int COLS> __device__ static inline void load_columns(Right<__nv_bfloat16> &b, const __nv_bfloat16 *tile, int row, int n) {
+template <int COLS>
+__device__ static inline void load_columns(Right<__nv_bfloat16> &b, const __nv_bfloat16 *tile, int row, int n) {
   unsigned r[4];
   ldmatrix_x4_trans(r, tile + lane_at<COLS>() + at<COLS>(row, 16 * n));
   b.r[0][0] = r[0], b.r[0][1] = r[1], b.r[1][0] = r[2], b.r[1][1] = r[3];
@@ -149,7 +157,8 @@ __device__ static inline void as_left(Left<__nv_bfloat16> &a, const float (&c)[4
   a.r[0] = pack(c[0], c[1]), a.r[1] = pack(c[2], c[3]), a.r[2] = pack(d[0], d[1]), a.r[3] = pack(d[2], d[3]);
 }
 /* (c | d) += a b */
-__device__ static inline void multiply(float (&c)[4], float (&d)[4], const Left<__nv_bfloat16> &a, const Right<__nv_bfloat16> &b) {
+__device__ static inline void multiply(float (&c)[4], float (&d)[4], const Left<__nv_bfloat16> &a,
+                                       const Right<__nv_bfloat16> &b) {
   mma_bf16(c, a.r, b.r[0]);
   mma_bf16(d, a.r, b.r[1]);
 }
@@ -255,7 +264,7 @@ __device__ static inline float quad_max(float v) {
   return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
 }
 
-/* ---- what a token sees -------------------------------------------------------------------------------------------------------------- */
+/* ---- what a token sees --------------------------------------------------------------------------------------------------- */
 
 struct Attention {
   real *o, *dq, *dk, *dv, *kcache, *vcache;
@@ -269,20 +278,26 @@ struct Attention {
   bool whole; /* rows of P are 16-byte aligned */
 };
 
-/* Depth of the first token of this call; where row b is in the caches. */
+/* Where row b is in the caches; how many tokens stand before this call's. */
 __device__ static inline int slot_of(const Attention &a, int b) { return a.rows.slot ? a.rows.slot[b] : b; }
-__device__ static inline int base_of(const Attention &a, int b) { return a.kcache && a.rows.pos ? a.rows.pos[slot_of(a, b)] : 0; }
+__device__ static inline int base_of(const Attention &a, int b) {
+  return a.kcache && a.rows.pos ? a.rows.pos[slot_of(a, b)] : 0;
+}
 
-/* The first token that token t of a chain sees: below 0 stand the cached ones, -base the first, of which the last K are there. */
+/* The first token that token t of a chain sees: those before 0 stand in the cache, which has the last K of them. */
 __device__ static inline int first_seen(const Attention &a, int b, int base, int t) {
   const int from = a.starts ? a.starts[(size_t)b * a.T + t] : -min(base, a.K);
   return a.window ? max(from, t + 1 - a.window) : from;
 }
 
-__device__ static inline size_t query_at(const Attention &a, int b, int t, int h) { return (((size_t)b * a.T + t) * a.H + h) * a.P; }
-__device__ static inline size_t key_at(const Attention &a, int b, int t, int g) { return (((size_t)b * a.T + t) * a.G + g) * a.P; }
+__device__ static inline size_t query_at(const Attention &a, int b, int t, int h) {
+  return (((size_t)b * a.T + t) * a.H + h) * a.P;
+}
+__device__ static inline size_t key_at(const Attention &a, int b, int t, int g) {
+  return (((size_t)b * a.T + t) * a.G + g) * a.P;
+}
 
-/* What tokens see: for threads t < T from[t], to[t]; and the path of `token` (one of a tree) among this call's. All threads call. */
+/* What few tokens see, depths from[t] .. to[t], and token's path among this call's (token < 0: none). All threads call. */
 struct Seen {
   int from[PENDING], to[PENDING], prev[PENDING], path[PENDING];
 };
@@ -310,7 +325,7 @@ template <class F> static void in_parts(Attention a, F launch, int most = 65535)
   for (a.begin = 0; a.begin < a.B; a.begin += most) launch(a, (unsigned)std::min(most, a.B - a.begin));
 }
 
-/* ---- where keys are ------------------------------------------------------------------------------------------------------------------ */
+/* ---- where keys are ------------------------------------------------------------------------------------------------------ */
 
 /* Keys of row b and group g: token t >= 0 is path[t] of this call (NULL: t), t < 0 stands in the cache. */
 struct Keys {
@@ -318,7 +333,9 @@ struct Keys {
   const int *path;
 };
 
-__device__ static inline Keys keys_of(const Attention &a, int b, int g, int base) { return {b, g, base, a.kcache ? slot_of(a, b) : 0, nullptr}; }
+__device__ static inline Keys keys_of(const Attention &a, int b, int g, int base) {
+  return {b, g, base, a.kcache ? slot_of(a, b) : 0, nullptr};
+}
 /* An entry of the cache; a token of this call; token t: cache and own are both of k or both of v. */
 __device__ static inline const real *entry_of(const Attention &a, const Keys &keys, const real *cache, int entry) {
   return cache + (((size_t)keys.slot * a.K + entry) * a.G + keys.g) * a.P;
@@ -330,35 +347,38 @@ __device__ static inline const real *key_of(const Attention &a, const Keys &keys
   return t < 0 ? entry_of(a, keys, cache, (keys.base + t) % a.K) : token_of(a, keys, own, keys.path ? keys.path[t] : t);
 }
 
-/* The tile of tokens t .. t+ROWS of an array that is partly in cache, partly own, zero outside low .. high: mostly rows in a row.
- * VALUES: the array is the keys', and the values of the same tokens go to a second tile. */
+/* The tile of tokens t .. t+ROWS of an array that is partly in cache, partly own, zero outside low .. high: mostly rows in a
+ * row. VALUES: the array is the keys', and the values of the same tokens go to a second tile. */
 template <int COLS, int ROWS, int THREADS, bool VALUES>
-__device__ static inline void load_keys(real *tile, real *values, const Attention &a, const Keys &keys, const real *cache, const real *own,
-                                        int t, int low, int high) {
+__device__ static inline void load_keys(real *tile, real *values, const Attention &a, const Keys &keys, const real *cache,
+                                        const real *own, int t, int low, int high) {
   const int stride = a.G * a.P, entry = t < 0 ? (keys.base + t) % a.K : 0, from = low - t, to = high - t;
   const bool cached = t + ROWS <= 0 && entry + ROWS <= a.K;
   if (cached || (t >= 0 && !keys.path)) {
     const real *run = cached ? entry_of(a, keys, cache, entry) : token_of(a, keys, own, t);
     auto find = [&](int row) { return run + row * stride; };
     if constexpr (VALUES)
-      load_tile<COLS, ROWS, THREADS>(tile, Beside{values, cached ? distance(a.vcache, a.kcache) : distance(a.v, a.k)}, own, a.P, a.whole, from, to, find);
+      load_tile<COLS, ROWS, THREADS>(tile, Beside{values, cached ? distance(a.vcache, a.kcache) : distance(a.v, a.k)}, own, a.P,
+                                     a.whole, from, to, find);
     else
       load_tile<COLS, ROWS, THREADS>(tile, Alone(), own, a.P, a.whole, from, to, find);
     return;
   }
-  load_tile<COLS, ROWS, THREADS, 1>(tile, Alone(), own, a.P, a.whole, from, to, [&](int row) { return key_of(a, keys, cache, own, t + row); });
+  load_tile<COLS, ROWS, THREADS, 1>(tile, Alone(), own, a.P, a.whole, from, to,
+                                    [&](int row) { return key_of(a, keys, cache, own, t + row); });
   if (VALUES)
-    load_tile<COLS, ROWS, THREADS, 1>(values, Alone(), own, a.P, a.whole, from, to, [&](int row) { return key_of(a, keys, a.vcache, a.v, t + row); });
+    load_tile<COLS, ROWS, THREADS, 1>(values, Alone(), own, a.P, a.whole, from, to,
+                                      [&](int row) { return key_of(a, keys, a.vcache, a.v, t + row); });
 }
 
-/* ---- host ----------------------------------------------------------------------------------------------------------------------------- */
+/* ---- host ---------------------------------------------------------------------------------------------------------------- */
 
 /* attention.cu: the documents' starts into `starts` (B,T). */
 void find_starts(int32_t *starts, const int32_t *prev, size_t B, size_t T);
 /* attention_few.cu: T <= PENDING with caches, which it writes; false: the head is too large. */
 bool attend_few_tokens(const Attention &a);
 
-/* What a block may have of shared memory: 227 KB on data-centre Hopper, 99 KB on consumer cards. A kernel's tiles fit, or false. */
+/* A block's shared memory is bounded: 227 KB on Hopper, 99 KB on consumer cards. Do a kernel's tiles fit? */
 constexpr size_t LEAST_SHARED = 99 << 10;
 static inline bool fits(size_t shared) {
   static const size_t most = [] {

@@ -1,8 +1,8 @@
-/* attention_backward.cu - attention's gradients (Dao 2023) in two passes, each block adding up what it owns in a fixed order: blocks
- * of keys run over the queries that see them (dk, dv), blocks of queries over their keys (dq). Both recompute p = exp(s - lse).
+/* attention_backward.cu - attention's gradients (Dao 2023) in two passes, each block adding up what it owns in a fixed order:
+ * blocks of keys run over the queries that see them (dk, dv), blocks of queries over their keys (dq). Both recompute p.
  *
- *   o = p v           dv = p^T dout      dp = dout v^T
- *   s = scale q k^T   ds = p (dp - delta), delta = dout . o      dq = scale ds k      dk = scale ds^T q */
+ *   o = p v, p = exp(s - lse):   dv = p^T dout     dp = dout v^T     ds = p (dp - delta), delta = dout . o
+ *   s = scale q k^T:             dq = scale ds k   dk = scale ds^T q */
 #include "attention.cuh"
 
 /* stats (B,H,stats_T) = lse log2(e), delta; behind T: p comes out 0. Eight lanes a row (b,t,h). */
@@ -24,31 +24,38 @@ static __global__ void find_stats(Attention a) {
   }
   for (int d = 4; d; d /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, d, 8);
   if (lane == 0)
-    a.stats[((size_t)b * a.H + h) * a.stats_T + t] = t < a.T ? make_float2(a.lse[((size_t)b * a.H + h) * a.T + t] * LOG2E, delta) : make_float2(INFINITY, 0);
+    a.stats[((size_t)b * a.H + h) * a.stats_T + t] =
+        t < a.T ? make_float2(a.lse[((size_t)b * a.H + h) * a.T + t] * LOG2E, delta) : make_float2(INFINITY, 0);
 }
-__device__ static inline const float2 *stats_of(const Attention &a, int b, int h, int t) { return a.stats + ((size_t)b * a.H + h) * a.stats_T + t; }
+__device__ static inline const float2 *stats_of(const Attention &a, int b, int h, int t) {
+  return a.stats + ((size_t)b * a.H + h) * a.stats_T + t;
+}
 
 /* ROWS tokens from t on of head h: rows of q and dout */
-template <int PD, int ROWS, int THREADS> __device__ static inline void load_heads(real *q_tile, real *d_tile, const Attention &a, int b, int t, int h) {
+template <int PD, int ROWS, int THREADS>
+__device__ static inline void load_heads(real *q_tile, real *d_tile, const Attention &a, int b, int t, int h) {
   const real *from = a.q + query_at(a, b, t, h);
   load_tile<PD, ROWS, THREADS>(q_tile, Beside{d_tile, distance(a.dout, a.q)}, a.q, a.P, a.whole, 0, a.T - t,
                                [&](int row) { return from + row * (a.H * a.P); });
 }
 /* ROWS tokens from t on of group g: rows of k and v */
-template <int PD, int ROWS, int THREADS> __device__ static inline void load_groups(real *k_tile, real *v_tile, const Attention &a, int b, int t, int g) {
+template <int PD, int ROWS, int THREADS>
+__device__ static inline void load_groups(real *k_tile, real *v_tile, const Attention &a, int b, int t, int g) {
   const real *from = a.k + key_at(a, b, t, g);
   load_tile<PD, ROWS, THREADS>(k_tile, Beside{v_tile, distance(a.v, a.k)}, a.k, a.P, a.whole, 0, a.T - t,
                                [&](int row) { return from + row * (a.G * a.P); });
 }
 
-/* ---- dk, dv ---------------------------------------------------------------------------------------------------------------------------- */
+/* ---- dk, dv -------------------------------------------------------------------------------------------------------------- */
 
-/* Grid (B G, tiles of 16 WARPS keys), the longest first; a warp has 16 keys. Tiles of QUERIES tokens of the group's heads in turn, one
- * ahead. DK, DV: which of the two, where registers do not hold both. */
-template <int PD, int WARPS, int QUERIES, bool DK, bool DV> static __global__ void __launch_bounds__(32 * WARPS, 1) backward_keys(Attention a) {
+/* Grid (B G, tiles of 16 WARPS keys), the longest first; a warp has 16 keys. Tiles of QUERIES tokens of the group's heads in
+ * turn, one ahead. DK, DV: which of the two, where registers do not hold both. */
+template <int PD, int WARPS, int QUERIES, bool DK, bool DV>
+static __global__ void __launch_bounds__(32 * WARPS, 1) backward_keys(Attention a) {
   constexpr int KEYS = 16 * WARPS, THREADS = 32 * WARPS, N = QUERIES / 8;
   DYNAMIC_SHARED(real, k_tile);
-  real *const v_tile = k_tile + at<PD>(KEYS, 0), *const q_tile = v_tile + at<PD>(KEYS, 0), *const d_tile = q_tile + at<PD>(2 * QUERIES, 0);
+  real *const v_tile = k_tile + at<PD>(KEYS, 0), *const q_tile = v_tile + at<PD>(KEYS, 0),
+              *const d_tile = q_tile + at<PD>(2 * QUERIES, 0);
   float2 *const stats = (float2 *)(d_tile + at<PD>(2 * QUERIES, 0));
   const int group = blockIdx.x % a.G, b = blockIdx.x / a.G, first = blockIdx.y * KEYS, mine = threadIdx.x / 32 * 16;
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, key = first + mine;
@@ -118,14 +125,17 @@ template <int PD, int WARPS, int QUERIES> static bool run_keys_twice(const Atten
     return run_keys<PD, WARPS, QUERIES, true, false>(a) && run_keys<PD, WARPS, QUERIES, false, true>(a);
 }
 
-/* ---- dq ---------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- dq ------------------------------------------------------------------------------------------------------------------ */
 
-/* Grid (H, tiles of queries, B), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one tile ahead. */
-template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_queries(Attention a) {
+/* Grid (H, tiles of queries, B), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one ahead. */
+template <int PD, int MT, int WARPS, int KEYS, int BLOCKS>
+static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_queries(Attention a) {
   constexpr int ROWS = 16 * MT * WARPS, THREADS = 32 * WARPS, N = KEYS / 8;
   DYNAMIC_SHARED(real, q_tile);
-  real *const d_tile = q_tile + at<PD>(ROWS, 0), *const k_tile = d_tile + at<PD>(ROWS, 0), *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
-  const int h = blockIdx.x, b = a.begin + blockIdx.z, first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
+  real *const d_tile = q_tile + at<PD>(ROWS, 0), *const k_tile = d_tile + at<PD>(ROWS, 0),
+              *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
+  const int h = blockIdx.x, b = a.begin + blockIdx.z;
+  const int first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
   const int warp_full = first_seen(a, b, 0, min(warp_first + 16 * MT - 1, last)); /* from here on all its rows see */
   auto fetch = [&](int e, int to) {
@@ -155,7 +165,8 @@ template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static __global__ voi
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int t = warp_first + 16 * m + 8 * i + g, from = hides ? first_seen(a, b, 0, t) - e : 0, to = hides ? t + 1 - e : KEYS;
+        const int t = warp_first + 16 * m + 8 * i + g;
+        const int from = hides ? first_seen(a, b, 0, t) - e : 0, to = hides ? t + 1 - e : KEYS;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
@@ -175,21 +186,23 @@ template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static __global__ voi
                  [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
 }
 
-template <int PD, int MT, int WARPS, int KEYS> constexpr size_t QUERIES_SHARED = (32 * MT * WARPS + 4 * KEYS) * PITCH<PD> * sizeof(real);
+template <int PD, int MT, int WARPS, int KEYS>
+constexpr size_t QUERIES_SHARED = (32 * MT * WARPS + 4 * KEYS) * PITCH<PD> * sizeof(real);
 
 template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static bool run_queries(const Attention &a) {
   constexpr size_t SHARED = QUERIES_SHARED<PD, MT, WARPS, KEYS>;
   if (!fits(SHARED)) return false;
   in_parts(a, [](const Attention &a, unsigned count) {
-    LAUNCH((backward_queries<PD, MT, WARPS, KEYS, BLOCKS>), dim3(a.H, ceil_div(a.T, 16 * MT * WARPS), count), 32 * WARPS, SHARED, a);
+    LAUNCH((backward_queries<PD, MT, WARPS, KEYS, BLOCKS>), dim3(a.H, ceil_div(a.T, 16 * MT * WARPS), count), 32 * WARPS,
+           SHARED, a);
   });
   return true;
 }
 
-/* ---- any head dimension: a block a token, plain loops -------------------------------------------------------------------------------------- */
+/* ---- any head dimension: a block a token, plain loops -------------------------------------------------------------------- */
 
-/* Grid (T, G or H, B), 128 threads. KEYS: dk, dv of a key over the queries that see it; else dq of a query over its keys. Shared:
- * the sums (P, or 2 P). */
+/* Grid (T, G or H, B), 128 threads. KEYS: dk, dv of a key over the queries that see it; else dq of a query over its keys.
+ * Shared: the sums (P, or 2 P). */
 template <bool KEYS> static __global__ void backward_plain(Attention a) {
   DYNAMIC_SHARED(float, sums);
   __shared__ float weight[128], slope[128];
@@ -213,7 +226,8 @@ template <bool KEYS> static __global__ void backward_plain(Attention a) {
       for (int c = i; c < a.P; c += 128)
         for (int m = 0; m < n; m++) {
           if (KEYS) sums[a.P + c] += weight[m] * load(a.dout + query_at(a, b, first + m, h) + c);
-          sums[c] += slope[m] * load((KEYS ? a.q + query_at(a, b, first + m, h) : a.k + key_at(a, b, first + m, h / a.rep)) + c);
+          const real *other = KEYS ? a.q + query_at(a, b, first + m, h) : a.k + key_at(a, b, first + m, h / a.rep);
+          sums[c] += slope[m] * load(other + c);
         }
     }
   }
@@ -223,26 +237,30 @@ template <bool KEYS> static __global__ void backward_plain(Attention a) {
   }
 }
 
-/* ---- the op ------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- the op -------------------------------------------------------------------------------------------------------------- */
 
 /* Tiles by the bytes of a row, and smaller ones for cards with less shared memory. */
 template <int PD> static bool run_backward(const Attention &a) {
   constexpr int BYTES = PD * sizeof(real), WARPS = BYTES <= 256 ? 8 : 4, QUERIES = BYTES <= 256 ? 64 : 16384 / BYTES;
   constexpr int MT = sizeof(real) == 2 && PD <= 128 ? 2 : 1, KEYS = BYTES <= 512 ? 32 : 16;
   if (run_keys_twice<PD, WARPS, QUERIES>(a)) return run_queries<PD, MT, 4, KEYS, BYTES <= 256 ? 2 : 1>(a);
-  if constexpr (KEYS_SHARED<PD, WARPS, QUERIES> > LEAST_SHARED) return run_keys_twice<PD, 2, 16>(a) && run_queries<PD, 1, 2, 16, 1>(a);
+  if constexpr (KEYS_SHARED<PD, WARPS, QUERIES> > LEAST_SHARED)
+    return run_keys_twice<PD, 2, 16>(a) && run_queries<PD, 1, 2, 16, 1>(a);
   return false;
 }
 
-void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v, const real *o,
-                        const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P) {
+void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,
+                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H,
+                        size_t G, size_t P) {
   if (!B || !T || !H || !G) return;
   Attention a = {};
-  a.o = (real *)o, a.dq = dq, a.dk = dk, a.dv = dv, a.lse = (float *)lse, a.q = q, a.k = k, a.v = v, a.dout = dout, a.rows = rows;
-  a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30), a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.rep = H / G;
+  a.o = (real *)o, a.dq = dq, a.dk = dk, a.dv = dv, a.lse = (float *)lse, a.q = q, a.k = k, a.v = v, a.dout = dout;
+  a.rows = rows, a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30);
+  a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.rep = H / G;
   a.whole = P % REALS_16 == 0 && all_aligned({dq, dk, dv, dout, q, k, v, o});
   a.stats_T = (int)ceil_div(T, 128) * 128;
-  const size_t rows_of_stats = B * H * a.stats_T; /* behind starts: tiles may look there for tokens behind T, where p is 0 anyway */
+  /* stats stand behind starts: tiles may look there for tokens behind T, where p is 0 anyway. */
+  const size_t rows_of_stats = B * H * a.stats_T;
   const size_t starts = rows.prev ? round_16(B * T * sizeof *a.starts) : 0;
   char *scratch = (char *)device_scratch(starts + rows_of_stats * sizeof *a.stats);
   if (!scratch) return;

@@ -1,15 +1,17 @@
 /* attention_few.cu - attention of few tokens with a State: decode, verification, trees.
  *
- * Keys are cut into chunks at absolute depths. A block computes (max, sum, o) of all queries of a group on one chunk after the other,
- * and a second kernel adds the chunks in the order of depth. A key's place depends on its depth alone and hidden keys weigh exactly 0,
- * so a token's bits depend on what it sees, not on what runs beside it or on how the tokens before came into the cache.
+ * Keys are cut into chunks at absolute depths. A block computes (max, sum, o) of all queries of a group on one chunk after the
+ * other, and a second kernel adds the chunks in the order of depth. A key's place depends on its depth alone and hidden keys
+ * weigh exactly 0, so a token's bits depend on what it sees, not on what runs beside it or on how the tokens before came into
+ * the cache.
  *
- * Chunks that lie in the cache whole serve all queries of a group. The chunk that holds depth `base`, and the one behind it if this
- * call's tokens reach it, are `own`: one item for a chain, one a token for a tree, where each goes its own path. The other items are
- * `n` chunks each, folded as they come; n, 1 or SPAN, moves work between the two kernels and no bit. */
+ * Chunks that lie in the cache whole serve all queries of a group. The chunk that holds depth `base`, and the one behind it if
+ * this call's tokens reach it, are `own`: one item for a chain, one a token for a tree, where each goes its own path. The other
+ * items are `n` chunks each, folded as they come; n, 1 or SPAN, moves work between the two kernels and no bit. */
 #include "attention.cuh"
 
-constexpr int SPAN = 8, CLASSES = 16; /* chunks of a span; the spans of each class modulo CLASSES are a chain, the chains are added last */
+/* Chunks of a span. Spans of one class modulo CLASSES are added one by one, then the classes. */
+constexpr int SPAN = 8, CLASSES = 16;
 
 /* A row's partials: `slots` of items, then two of own chunks; each PD floats o, then max (in powers of 2) and sum. */
 struct Partials {
@@ -17,7 +19,8 @@ struct Partials {
   int4 *seen;  /* (B,T): first depth, end, base, first chunk of the row */
   int n, slots;
 };
-template <int PD> __device__ static inline float *partial(const Attention &a, const Partials &p, int b, int g, int r, int slot) {
+template <int PD>
+__device__ static inline float *partial(const Attention &a, const Partials &p, int b, int g, int r, int slot) {
   return p.data + ((((size_t)(b - a.begin) * a.G + g) * a.T * a.rep + r) * (p.slots + 2) + slot) * (PD + 4);
 }
 
@@ -30,7 +33,7 @@ __device__ static inline bool take_up(float &top, float x, float &a, float &b) {
 }
 __device__ static inline float add_up(float old, float a, float x, float b) { return __fmaf_rn(old, a, __fmul_rn(x, b)); }
 
-/* ---- chunks ------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- chunks -------------------------------------------------------------------------------------------------------------- */
 
 /* What four warps tell each other about 16 queries. */
 struct Shared {
@@ -38,11 +41,11 @@ struct Shared {
   float tops[4][16], sums[4][16];
 };
 
-/* Scores s of rows r .. r+16 with this warp's keys, those of depths e .. : scaled, hidden ones -inf; then weights in p_tile (16, CHUNK).
- * top, sum: of this lane's two rows over the chunk. */
+/* Scores s of rows r .. r+16 with this warp's keys, those of depths e .. : scaled, hidden ones -inf; then weights in p_tile
+ * (16, CHUNK). top, sum: of this lane's two rows over the chunk. */
 template <int CHUNK, int N>
-__device__ static inline void chunk_softmax(float (&s)[1][N][4], float (&top)[2], float (&sum)[2], real *p_tile, Shared &x, const Attention &a,
-                                            int r, int e) {
+__device__ static inline void chunk_softmax(float (&s)[1][N][4], float (&top)[2], float (&sum)[2], real *p_tile, Shared &x,
+                                            const Attention &a, int r, int e) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, j = lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -100,13 +103,15 @@ __device__ static inline void put_partial(float *to, int PD, bool fresh, float o
   if (warp == 0 && j == 0) to[PD] = most, to[PD + 1] = add_up(old_sum, shrink, sum, grow);
 }
 
-/* Grid (G, own + items, B); a block goes on to the item that lies as many further as there are blocks for items. Four warps share a
- * chunk's keys for the scores, its columns for the values; 16 queries at a time. */
-template <int PD, int CHUNK, int BLOCKS> static __global__ void __launch_bounds__(128, BLOCKS) attend_few(Attention a, Partials p) {
+/* Grid (G, own + items, B); a block goes on to the item that lies as many further as there are blocks for items. Four warps
+ * share a chunk's keys for the scores, its columns for the values; 16 queries at a time. */
+template <int PD, int CHUNK, int BLOCKS>
+static __global__ void __launch_bounds__(128, BLOCKS) attend_few(Attention a, Partials p) {
   constexpr int N = CHUNK / 32, D = PD / 32; /* blocks of 8 keys, of 8 columns, of a warp */
   __shared__ Shared shared;
   DYNAMIC_SHARED(real, k_tile);
-  real *const v_tile = k_tile + at<PD>(CHUNK, 0), *const q_tile = v_tile + at<PD>(CHUNK, 0), *const p_tile = q_tile; /* in turn */
+  real *const v_tile = k_tile + at<PD>(CHUNK, 0), *const q_tile = v_tile + at<PD>(CHUNK, 0);
+  real *const p_tile = q_tile; /* one after the other */
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4;
   const int b = a.begin + blockIdx.z, group = blockIdx.x, own = a.rows.prev ? a.T : 1;
   const int token = a.rows.prev && (int)blockIdx.y < own ? (int)blockIdx.y : -1;
@@ -121,7 +126,7 @@ template <int PD, int CHUNK, int BLOCKS> static __global__ void __launch_bounds_
   let_next_kernel_start();
   load_queries(begin);
   bool queried = true;
-  const int base = base_of(a, b), low = base - min(base, a.window ? min(a.K, a.window - 1) : a.K); /* the first depth anyone sees */
+  const int base = base_of(a, b), low = base - min(base, a.window ? min(a.K, a.window - 1) : a.K); /* low: the first seen */
   const int cached = base / CHUNK, first = low / CHUNK, skipped = first / p.n;
   const int items = own + (cached > first ? (cached + p.n - 1) / p.n - skipped : 0);
   find_seen(shared.seen, a, b, base, low, token);
@@ -133,7 +138,8 @@ template <int PD, int CHUNK, int BLOCKS> static __global__ void __launch_bounds_
 
   for (int item = blockIdx.y; item < items; item += item < own ? items : gridDim.y - own) {
     const int unit = skipped + item - own;
-    const int from = item < own ? cached : max(first, unit * p.n), to = item < own ? (high - 1) / CHUNK + 1 : min((unit + 1) * p.n, cached);
+    const int from = item < own ? cached : max(first, unit * p.n);
+    const int to = item < own ? (high - 1) / CHUNK + 1 : min((unit + 1) * p.n, cached);
     for (int chunk = from; chunk < to; chunk++) {
       const int e = chunk * CHUNK, slot = item < own ? p.slots + chunk - cached : item - own;
       const bool fresh = item < own || chunk == from;
@@ -150,8 +156,10 @@ template <int PD, int CHUNK, int BLOCKS> static __global__ void __launch_bounds_
           out[i] = r + 8 * i + row < end ? partial<PD>(a, p, b, group, r + 8 * i + row, slot) : nullptr;
           if (out[i] && !fresh) old_top[i] = out[i][PD], old_sum[i] = out[i][PD + 1];
         }
-        if (r > begin) load_queries(r), cp_async_wait<0>();
-        else cp_async_wait<1>();
+        if (r > begin)
+          load_queries(r), cp_async_wait<0>();
+        else
+          cp_async_wait<1>(); /* all but the values */
         __syncthreads();
         float s[1][N][4], o[1][D][4] = {};
         score<PD>(s, q_tile, 0, k_tile, warp * (CHUNK / 4));
@@ -176,9 +184,10 @@ template <int PD, int CHUNK, int BLOCKS> static __global__ void __launch_bounds_
   }
 }
 
-/* ---- their sum ----------------------------------------------------------------------------------------------------------------------------- */
+/* ---- their sum ----------------------------------------------------------------------------------------------------------- */
 
-template <int PD> struct State {
+namespace {
+template <int PD> struct Sum {
   static constexpr int V = PD / 128 ? PD / 128 : 1; /* a lane has columns 4 lane .. +4, 128 further … */
   float top, sum, o[V][4];
 
@@ -202,7 +211,7 @@ template <int PD> struct State {
       if (128 * v + c < PD) store_16(to + 128 * v + c, o[v]);
     if (c == 0) to[PD] = top, to[PD + 1] = sum;
   }
-  __device__ void add(const State &x) {
+  __device__ void add(const Sum &x) {
     float shrink, grow;
     if (!take_up(top, x.top, shrink, grow)) return;
     sum = add_up(sum, shrink, x.sum, grow);
@@ -212,13 +221,16 @@ template <int PD> struct State {
       for (int c = 0; c < 4; c++) o[v][c] = add_up(o[v][c], shrink, x.o[v][c], grow);
   }
 };
+}  // namespace
 
 /* A warp: the spans from .. to that are i modulo CLASSES, each the sum of its chunks. row: the query's partials. */
-template <int PD, int CHUNK> __device__ static State<PD> add_class(const float *row, const Partials &p, const int4 seen, int i) {
-  const int cached = seen.z / CHUNK, first = seen.w, units = SPAN / p.n; /* chunks below `cached` are in items, from `first` on */
+template <int PD, int CHUNK>
+__device__ static Sum<PD> add_class(const float *row, const Partials &p, const int4 seen, int i) {
+  /* Chunks first .. cached are in items. */
+  const int cached = seen.z / CHUNK, first = seen.w, units = SPAN / p.n;
   const int skipped = first / p.n, end = cached > first ? (cached + p.n - 1) / p.n : 0;
   const int from = seen.x / CHUNK / SPAN, to = (seen.y - 1) / CHUNK / SPAN;
-  State<PD> all, inner, part[SPAN];
+  Sum<PD> all, inner, part[SPAN];
   all.clear();
   for (int span = from + (i - from % CLASSES + CLASSES) % CLASSES; span <= to; span += CLASSES) {
     inner.clear();
@@ -266,9 +278,11 @@ template <int PD, int CHUNK> static __global__ void combine(Attention a, Partial
   for (int c = threadIdx.x; c < a.P; c += blockDim.x) a.kcache[entry + c] = a.k[mine + c], a.vcache[entry + c] = a.v[mine + c];
 }
 
-template <int PD, int CHUNK> constexpr size_t FEW_SHARED = (2 * CHUNK * PITCH<PD> + 16 * std::max(PITCH<PD>, PITCH<CHUNK>)) * sizeof(real);
+template <int PD, int CHUNK>
+constexpr size_t FEW_SHARED = (2 * CHUNK * PITCH<PD> + 16 * std::max(PITCH<PD>, PITCH<CHUNK>)) * sizeof(real);
 
-/* n: chunks of an item, 0: as suits the size. Blocks: as many as there is room for at once, where groups do not need more. */
+/* n: chunks of an item, 0: as suits the size. Few groups: the blocks that there is room for at once take the items in turn, so
+ * none is launched in vain where contexts are short. Many: so many that the last ones end together. */
 template <int PD, int CHUNK> static bool run_few(const Attention &a, int n = 0) {
   constexpr size_t SHARED = FEW_SHARED<PD, CHUNK>;
   constexpr int BLOCKS = (int)std::min<size_t>(4, (227 << 10) / (SHARED + (2 << 10)));
@@ -277,13 +291,16 @@ template <int PD, int CHUNK> static bool run_few(const Attention &a, int n = 0) 
   Partials p = {};
   p.n = n ? n : groups * spans >= 2048 ? SPAN : 1;
   p.slots = (int)ceil_div(a.K, CHUNK * p.n) + 2;
-  const size_t row = (size_t)a.G * a.T * a.rep * (p.slots + 2) * (PD + 4) * sizeof(float), seen = (size_t)a.B * a.T * sizeof(int4);
-  const int rows = (int)std::min<size_t>(std::min(a.B, 65535), std::max<size_t>(1, ((size_t)1 << 27) / row)); /* bounds scratch */
+  const size_t row = (size_t)a.G * a.T * a.rep * (p.slots + 2) * (PD + 4) * sizeof(float);
+  const size_t seen = (size_t)a.B * a.T * sizeof(int4), most = std::max<size_t>(1, ((size_t)1 << 27) / row);
+  const int rows = (int)std::min<size_t>(std::min(a.B, 65535), most); /* of b, whose partials fit in 128 MB */
   p.seen = (int4 *)device_scratch(seen + rows * row);
   if (!p.seen) return true;
   p.data = (float *)(p.seen + (size_t)a.B * a.T);
-  const int own = a.rows.prev ? a.T : 1, room = (int)(BLOCKS * multiprocessors() / ((size_t)rows * a.G)) - own;
-  const unsigned items = std::min(p.slots, std::max(1, room)), warps = spans >= 8 ? 16 : spans >= 4 ? 8 : 4;
+  const int own = a.rows.prev ? a.T : 1;
+  const long long room = BLOCKS * multiprocessors(), launched = (long long)rows * a.G; /* groups at once */
+  const int blocks = (int)(4 * launched > room ? 4096 / launched : room / launched - own);
+  const unsigned items = std::min(p.slots, std::max(1, blocks)), warps = spans >= 8 ? 16 : spans >= 4 ? 8 : 4;
   in_parts(a, [&](const Attention &a, unsigned count) {
     LAUNCH_EARLY((attend_few<PD, CHUNK, BLOCKS>), dim3(a.G, own + items, count), 128, SHARED, a, p);
     LAUNCH_EARLY((combine<PD, CHUNK>), dim3(a.T * a.rep, a.G, count), 32 * warps, 0, a, p);
