@@ -240,8 +240,8 @@ template <class F> void choose_team(size_t C, bool whole, F f) {
     f(Int<THREADS>(), Int<0>());
 }
 
-/* Sets who has what; returns the blocks: as many as run at once, `resident` a multiprocessor, or those that have work. The heads
- * of few rows are spread over more multiprocessors. */
+/* Sets who has what; returns the blocks: as many as run at once, `resident` a multiprocessor, or those that have work. The
+ * heads of few rows are spread over more multiprocessors. */
 unsigned share_out(Norm &n, size_t teams, size_t resident) {
   n.across = (unsigned)ceil_div(n.H, n.M <= FEW && teams > 8 ? 8 : teams);
   n.heads = (unsigned)ceil_div(n.H, n.across), n.side = (unsigned)teams / n.heads;
