@@ -666,7 +666,7 @@ def test_linears_of_few_tokens_are_row_invariant(backend, K, O, bf16):
             assert same(got, value[: B * T].copy()), f"B {B}, T {T}"
 
 
-@pytest.mark.parametrize("M, V, C", [(600, 7, 5), (90, 4, 2100)])
+@pytest.mark.parametrize("M, V, C", [(600, 7, 5), (90, 4, 2100), (90, 4, 2104), (2100, 30, 8)])
 def test_embedding_gradient_adds_in_order(backend, M, V, C):
     r = np.random.default_rng(1)
     ids, dw = r.integers(0, V, (1, M)).astype("i4"), r.standard_normal((V, C)).astype("f4")
