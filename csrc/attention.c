@@ -22,10 +22,10 @@ typedef struct {
   float scale, sign;
   size_t H, P;
   float *scratch;
-} Rope;
+} Rotation;
 
 static void rope_range(void *arg, size_t m, size_t end, size_t worker) {
-  const Rope *r = arg;
+  const Rotation *r = arg;
   const size_t half = r->P / 2;
   float *cosine = r->scratch + worker * r->P, *sine = cosine + half;
   for (; m < end; m++) {
@@ -47,7 +47,7 @@ static void rope_range(void *arg, size_t m, size_t end, size_t worker) {
   }
 }
 
-static void rope(Rope r, size_t M) {
+static void rope(Rotation r, size_t M) {
   if (!M || !r.H || !r.P) return;
   r.scratch = device_scratch(workers() * r.P * sizeof(float));
   if (r.scratch) parallel(rope_range, &r, M, 20.0 * r.P + 3.0 * r.H * r.P);
@@ -55,13 +55,13 @@ static void rope(Rope r, size_t M) {
 
 void rope_forward(real *y, const real *x, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
                   size_t P) {
-  rope((Rope){.y = y, .x = x, .position = position, .inv_freq = inv_freq, .scale = scale, .sign = 1, .H = H, .P = P}, M);
+  rope((Rotation){.y = y, .x = x, .position = position, .inv_freq = inv_freq, .scale = scale, .sign = 1, .H = H, .P = P}, M);
 }
 
 /* y = scale R(a) x: dx = scale R(-a) dy */
 void rope_backward(real *dx, const real *dy, const int32_t *position, const float *inv_freq, float scale, size_t M, size_t H,
                    size_t P) {
-  rope((Rope){.y = dx, .x = dy, .position = position, .inv_freq = inv_freq, .scale = scale, .sign = -1, .H = H, .P = P}, M);
+  rope((Rotation){.y = dx, .x = dy, .position = position, .inv_freq = inv_freq, .scale = scale, .sign = -1, .H = H, .P = P}, M);
 }
 
 /* ---- what a token sees ------------------------------------------------------------------------------------------------ */
@@ -268,9 +268,13 @@ static void write_cache(real *cache, const real *x, const Attention *a, size_t B
   }
 }
 
-void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
+void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q, real *k, const real *v, Rows rows, Rope rope,
                        float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
   if (!B || !T || !H || !G) return;
+  if (rope.inv_freq) {
+    rope_forward(q, q, rope.position, rope.inv_freq, rope.scale, B * T, H, P);
+    rope_forward(k, k, rope.position, rope.inv_freq, rope.scale, B * T, G, P);
+  }
   Attention a = {.o = o, .lse = lse, .kcache = kcache, .vcache = vcache, .q = q, .k = k, .v = v, .rows = rows, .scale = scale,
                  .window = window, .T = T, .H = H, .G = G, .P = P, .K = K, .rep = H / G, .wide = whole_vectors(P)};
   a.tokens = min(T, max(1, min(KEYS, ROWS / a.rep)));

@@ -62,10 +62,14 @@ static void mix_attention(const Call *k, size_t l, Acts *acts, real *h, const re
     rmsnorm_forward(x[Q], x[RAW_Q], vector(p + NORMQ), m->c.eps, k->M * d.H, d.P);
     rmsnorm_forward(x[K], x[RAW_K], vector(p + NORMK), m->c.eps, k->M * d.G, d.P);
   }
-  rope_forward(x[Q], x[Q], k->position, m->inv_freq, m->c.rope_scale, k->M, d.H, d.P);
-  rope_forward(x[K], x[K], k->position, m->inv_freq, m->c.rope_scale, k->M, d.G, d.P);
+  Rope rope = {k->position, m->inv_freq, m->c.rope_scale};
+  if (!k->few) {
+    rope_forward(x[Q], x[Q], rope.position, rope.inv_freq, rope.scale, k->M, d.H, d.P);
+    rope_forward(x[K], x[K], rope.position, rope.inv_freq, rope.scale, k->M, d.G, d.P);
+    rope.inv_freq = NULL;
+  }
   Cache *cache = k->s ? k->s->layer[l] : NULL;
-  attention_forward(x[O], acts->lse, cache ? cache[0].data : NULL, cache ? cache[1].data : NULL, x[Q], x[K], x[V], k->rows,
+  attention_forward(x[O], acts->lse, cache ? cache[0].data : NULL, cache ? cache[1].data : NULL, x[Q], x[K], x[V], k->rows, rope,
                     1 / sqrtf((float)d.P), m->window[l], k->B, k->T, d.H, d.G, d.P, cache ? cache->rows : 0);
   project(k, h, x[O], p + WO, 0, d.C, p + BO, 1);
 }

@@ -111,8 +111,15 @@ void rope_backward(real *dx, const real *dy, const int32_t *position, const floa
  * window > 0: at most the last `window` tokens of that path. Softmax in float, keys in path order in blocks that stand at
  * absolute depths, so that T <= PENDING with a State is row-invariant. Never materialises T x T.
  * o, q (B,T,H,P)  k, v (B,T,G,P)  lse (B,H,T) = log sum exp, or NULL  kcache, vcache (S,K,G,P) or NULL
- * With a cache this call's k and v are written to it after they have been read (the last K of pos .. pos+min(T, keep+PENDING)). */
-void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
+ * With a cache this call's k and v are written to it after they have been read (the last K of pos .. pos+min(T, keep+PENDING)).
+ * rope.inv_freq not NULL, T <= FEW with a cache: q and k come as they are before rope_forward, which is done to them on the way (on a GPU
+ * in the same launch); they hold anything afterwards.   position (B,T)  inv_freq (P/2) */
+typedef struct {
+  const int32_t *position;
+  const float *inv_freq;
+  float scale;
+} Rope;
+void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q, real *k, const real *v, Rows rows, Rope rope,
                        float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K);
 /* Without a cache; prev[t] in {t-1, -2}. p = exp(scale * q.k - lse); dq, dk, dv =. */
 void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,

@@ -52,7 +52,7 @@ ROW(attention_forward, "q:bthp k:btgp v:btgp kcache!?:slgp vcache!?:slgp window@
     "h%g", 0,
     "Causal GQA attention over the tokens on each token's path through prev and, with caches, those before pos.\n"
     "window: 0 (none) or how many of the last tokens are seen; scale: default p^-1/2. lse = log sum exp of the scores.",
-    attention_forward(r(11), f(12), r(3), r(4), r(0), r(1), r(2), rows, num(6, 1 / sqrt((double)n['p'])),
+    attention_forward(r(11), f(12), r(3), r(4), r(0), r(1), r(2), rows, (Rope){0}, num(6, 1 / sqrt((double)n['p'])),
                            whole(5, 0), n['b'], n['t'], n['h'], n['g'], n['p'], n['l']))
 ROW(attention_backward,
     "do:bthp q:bthp k:btgp v:btgp o:bthp lse%:bht window@?:1 scale%?:1 prev@?:bt -> dq:bthp dk:btgp dv:btgp", "h%g", 0,

@@ -12,8 +12,8 @@ static __global__ void rope(real *y, const real *x, const int32_t *position, con
   const int half = P / 2, width = units ? REALS_16 : 1, per_head = half / width, n = H * per_head;
   float *sine = cosine + half;
   const size_t row = (size_t)blockIdx.x * H * P;
-  wait_for_previous_kernel();
   let_next_kernel_start();
+  wait_for_previous_kernel();
   float u[REALS_16], v[REALS_16];
   auto place = [&](int i) { return row + (size_t)(i / per_head) * P + i % per_head * width; };
   auto load_pair = [&](int i) {
@@ -26,9 +26,8 @@ static __global__ void rope(real *y, const real *x, const int32_t *position, con
   int i = threadIdx.x;
   if (i < n) load_pair(i);
   for (int k = threadIdx.x; k < half; k += blockDim.x) {
-    float s, c;
-    sincosf(__fmul_rn((float)position[blockIdx.x], inv_freq[k]), &s, &c);
-    cosine[k] = scale * c, sine[k] = sign * scale * s;
+    rope_angle(cosine[k], sine[k], position[blockIdx.x], inv_freq[k], scale);
+    sine[k] *= sign;
   }
   __syncthreads();
   while (i < n) {
@@ -37,9 +36,7 @@ static __global__ void rope(real *y, const real *x, const int32_t *position, con
 #pragma unroll
     for (int k = 0; k < REALS_16; k++) {
       if (k >= width) break;
-      const float a = u[k] * c[k] - v[k] * s[k];
-      v[k] = v[k] * c[k] + u[k] * s[k];
-      u[k] = a;
+      rotate(u[k], v[k], c[k], s[k]);
     }
     if (units)
       store_16(p, u), store_16(p + half, v);
@@ -285,7 +282,7 @@ static __global__ void write_caches(Attention a) {
     a.kcache[to + i] = a.k[from + i], a.vcache[to + i] = a.v[from + i];
 }
 
-void attention_forward(real *o, float *lse, real *kcache, real *vcache, const real *q, const real *k, const real *v, Rows rows,
+void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q, real *k, const real *v, Rows rows, Rope rope,
                        float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
   if (!B || !T || !H || !G) return;
   Attention a = {};
@@ -293,7 +290,12 @@ void attention_forward(real *o, float *lse, real *kcache, real *vcache, const re
   a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30);
   a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.K = kcache ? K : 0, a.rep = H / G;
   a.whole = P % REALS_16 == 0 && all_aligned({o, kcache, vcache, q, k, v});
+  a.rope = rope;
   if (kcache && T <= PENDING && attend_few_tokens(a)) return;
+  if (rope.inv_freq) {
+    rope_forward(q, q, rope.position, rope.inv_freq, rope.scale, B * T, H, P);
+    rope_forward(k, k, rope.position, rope.inv_freq, rope.scale, B * T, G, P);
+  }
   if (rows.prev && !kcache) {
     /* 128 more: tiles may look behind T, at nothing that counts. */
     int32_t *starts = (int32_t *)device_scratch((B * T + 128) * sizeof *starts);

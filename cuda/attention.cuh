@@ -271,6 +271,7 @@ struct Attention {
   float *lse; /* (B,H,T) */
   const real *q, *k, *v, *dout;
   Rows rows;
+  Rope rope; /* inv_freq not NULL: to be done to q and k */
   const int32_t *starts; /* (B,T): where the token's document starts; NULL: 0 */
   float2 *stats;         /* backward: (B,H,padded T) of lse log2(e), delta */
   float scale;
@@ -318,6 +319,17 @@ __device__ static inline void find_seen(Seen &seen, const Attention &a, int b, i
   if (token >= 0 && t == 0)
     for (int i = seen.to[token] - base - 1; i >= 0; i--, token = seen.prev[token]) seen.path[i] = token;
   __syncthreads();
+}
+
+/* RoPE of a pair (u, v): cos and sin are scaled. */
+__device__ static inline void rotate(float &u, float &v, float cosine, float sine) {
+  const float a = __fmaf_rn(u, cosine, -__fmul_rn(v, sine));
+  v = __fmaf_rn(v, cosine, __fmul_rn(u, sine));
+  u = a;
+}
+__device__ static inline void rope_angle(float &cosine, float &sine, int position, float inv_freq, float scale) {
+  sincosf(__fmul_rn((float)position, inv_freq), &sine, &cosine);
+  cosine *= scale, sine *= scale;
 }
 
 /* launch(a, count) in parts that a grid's z can count. */
