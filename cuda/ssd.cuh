@@ -21,6 +21,7 @@ struct Ssd {
   const float *A_log, *Dskip, *dt_bias;
   Rows rows;
   int B, T, H, G, P, N;
+  int b0;             /* the first row of the batch in this launch (few tokens) */
   int p0, n0;         /* where this launch's tile of the state starts */
   int slices, parts;  /* blocks along P; segments of the forward */
   int chunks;         /* at most, of a row */
@@ -302,6 +303,9 @@ static __device__ inline void make_decay(Decay *k, const Steps &v, int n, float 
   if (lane == 31) k->last = final < 0 ? exp2_approx((float)total) : 0;
 }
 
+/* One body, so that d has the same bits in a call and in the ring. */
+static __device__ __noinline__ float ssd_step(float dt) { return softplus(dt); }
+
 static __device__ inline float log2_decay(const Ssd &s, int h) { return exp_(s.A_log[h]) * 1.44269504f; }
 
 /* L[t,s] of tokens s, s+1, even s, for one t */
@@ -466,6 +470,9 @@ template <bool FAST, int NT> static void run_walk(const Ssd &s, int parts, int p
   const size_t shared = 2 * (Q * WALK_ROWS + Q * NT) * sizeof(real);
   LAUNCH_EARLY((walk<FAST, NT>), (unsigned)((size_t)s.B * parts * s.H * s.slices), WALK_THREADS, shared, s, parts, part_chunks);
 }
+
+/* ssd_few.cu: a call with a State of at most PENDING tokens. */
+void ssd_few(Ssd s);
 
 /* Whether every row of every array starts at a 16-byte piece and holds whole ones. */
 template <class... A> static bool all_vectors(size_t P, size_t N, A *...arrays) {

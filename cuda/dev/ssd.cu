@@ -1,4 +1,4 @@
-/* ssd.cu - the ladder of ../conv1d.cu and ../ssd.cu: what is left open in them, each choice against the others, then the ops, and what
+/* ssd.cu - the ladder of ../conv1d.cu, ../ssd.cu and ../ssd_few.cu: what is left open in them, each choice against the others, then the ops, and what
  * a Mamba-2 layer runs between its projections. From the repository's root:
  *
  *   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DMIL_CUDA=1 -DMIL_GPU=1 -DMIL_BF16=1 \
@@ -13,9 +13,11 @@
 #include "common.cuh"
 #include "../conv1d.cu"
 #include "../ssd.cu"
+#include "../ssd_few.cu"
 
 constexpr double BYTES = 4.25e6; /* a us */
 constexpr size_t STATES_OF_MAMBA_1 = 16;
+constexpr size_t L2 = 100 << 20; /* arrays of so many bytes are not in it when their turn comes again */
 
 /* ---- data and time ------------------------------------------------------------------------------------------------------- */
 
@@ -143,16 +145,155 @@ static void conv_few(size_t B, size_t T, bool three) {
   free_arrays();
 }
 
+/* ---- few tokens with a State --------------------------------------------------------------------------------------------- */
+
+constexpr int HEADS = 32, KV_GROUPS = 8, DIM = 128;
+
+/* The Rows of calls of T tokens at positions pos, each of which commits what the call before left. */
+static Rows rows_at(size_t B, int pos, int seen) {
+  int32_t *now = integers(std::vector<int32_t>(B, pos));
+  return {nullptr, nullptr, nullptr, now, now, integers(std::vector<int32_t>(B, seen))};
+}
+
+/* What layers keep and read; each has its own State. */
+struct Layers {
+  size_t B, T;
+  std::vector<float *> state;
+  std::vector<Ring> ring;
+  real *y, *x, *dt, *Bm, *C;
+  float *A_log, *D, *bias;
+  Layers(size_t B, size_t T) : B(B), T(T) {
+    const size_t bytes = B * HEADS * DIM * DIM * sizeof(float), count = std::max((size_t)2, ceil_div(L2, bytes));
+    for (size_t i = 0; i < count; i++) {
+      state.push_back(array<float>(B * HEADS * DIM * DIM));
+      ring.push_back({array<real>(B * RING * KV_GROUPS * DIM), array<real>(B * RING * KV_GROUPS * DIM), array<float>(B * RING * HEADS, 0.05f, 0.04f)});
+    }
+    y = array<real>(B * T * HEADS * DIM), x = array<real>(B * T * KV_GROUPS * DIM), dt = array<real>(B * T * HEADS, -4, 1);
+    Bm = array<real>(B * T * KV_GROUPS * DIM), C = array<real>(B * T * HEADS * DIM);
+    A_log = array<float>(HEADS, 1, 0.5f), D = array<float>(HEADS), bias = array<float>(HEADS, 0, 0.1f);
+  }
+  int count() const { return (int)state.size(); }
+  void forward(int i, const Rows &rows) const {
+    ssd_forward(y, state[i], ring[i], x, dt, A_log, Bm, C, D, bias, rows, B, T, HEADS, KV_GROUPS, DIM, DIM);
+  }
+  Ssd call(int i, const Rows &rows) const {
+    Ssd s = {};
+    s.y = y, s.state = state[i], s.ring = ring[i], s.x = x, s.dt = dt, s.Bm = Bm, s.C = C, s.A_log = A_log, s.Dskip = D, s.dt_bias = bias;
+    s.rows = rows, s.B = (int)B, s.T = (int)T, s.H = HEADS, s.G = KV_GROUPS, s.P = s.N = DIM, s.vectors = 1;
+    return s;
+  }
+  double floor(bool folds, double replayed) const {
+    return B * (HEADS * DIM * (DIM * 4.0 * (1 + folds) + 4.0 * T) + KV_GROUPS * DIM * 4.0 * (replayed + 2 * T)) / BYTES;
+  }
+};
+
+/* RPT rows a thread; so many blocks of a multiprocessor, 0: a tile a block. */
+template <int RPT> static void few_rung(const Layers &l, const Rows &rows, int each, double floor) {
+  char name[96];
+  const unsigned slices = DIM / (GROUPS * RPT), tiles = (unsigned)l.B * HEADS * slices;
+  const unsigned blocks = each ? std::min(tiles, (unsigned)(each * multiprocessors())) : tiles;
+  if (each > resident<RPT> || (each > 1 && tiles <= (unsigned)((each - 1) * multiprocessors()))) return;
+  if (each)
+    snprintf(name, sizeof name, "  %d rows a tile, %d blocks a multiprocessor", GROUPS * RPT, each);
+  else
+    snprintf(name, sizeof name, "  %d rows a tile, a block each", GROUPS * RPT);
+  row(name, time_us(l.count(), l.B < 16 ? 2 : 4, [&](int i) {
+        Ssd s = l.call(i, rows);
+        s.slices = slices;
+        LAUNCH_EARLY((replay<4, RPT>), blocks, REPLAY_THREADS, (Space<4, RPT>::bytes(l.T)), s, tiles);
+      }), floor);
+}
+static void ssd_with_state(size_t B, size_t T, bool rungs) {
+  char name[96];
+  const Layers l(B, T);
+  std::vector<Rows> phase;
+  std::vector<double> us;
+  const int step = T > 1 ? 3 : 1; /* tokens committed a call */
+  double sum = 0;
+  for (int k = 0; k < SSD_RING; k++) {
+    const int pos = 4 * SSD_RING + k * step, seen = pos - step;
+    phase.push_back(rows_at(B, pos, seen));
+    us.push_back(time_us(l.count(), l.B < 16 ? 2 : 4, [&](int i) { l.forward(i, phase[k]); }));
+    sum += us.back();
+  }
+  snprintf(name, sizeof name, "ssd: B %zu, T %zu, mean over the ring", B, T);
+  row(name, sum / SSD_RING, l.floor(false, 8) + (l.floor(true, 8) - l.floor(false, 8)) * step / SSD_RING);
+  printf("  by position, from %d on, every %d:", 4 * SSD_RING, step);
+  for (double t : us) printf(" %.1f", t);
+  printf("  (those behind a multiple of %d fold)\n", SSD_RING);
+  for (int k : {2, 0}) { /* plain, fold */
+    if (!rungs) break;
+    printf("  %s\n", k ? "in the middle of a run" : "a fold");
+    const double floor = l.floor(!k, k * step);
+    for (int each : {0, 1, 2, 3}) few_rung<1>(l, phase[k], each, floor), few_rung<2>(l, phase[k], each, floor), few_rung<4>(l, phase[k], each, floor);
+  }
+  free_arrays();
+}
+
+/* What a Mamba-2 layer runs between its projections. */
+static void between_projections(size_t B, size_t T) {
+  char name[96];
+  const Layers l(B, T);
+  const size_t X[3] = {KV_GROUPS * DIM, KV_GROUPS * DIM, HEADS * DIM};
+  real *out[3] = {l.x, l.Bm, l.C}, *z = array<real>(B * T * HEADS * DIM), *g = array<real>(B * T * HEADS * DIM);
+  std::vector<std::vector<ConvPart>> part(l.count());
+  float *norm = array<float>(HEADS * DIM);
+  for (int i = 0; i < 3; i++) {
+    const real *in = array<real>(B * T * X[i]);
+    const float *w = array<float>(X[i] * WIDTH), *bias = array<float>(X[i]);
+    for (auto &p : part) p.push_back({out[i], array<real>(B * CACHE * X[i]), in, w, bias, X[i], X[i]});
+  }
+  const Rows rows = rows_at(B, 4 * SSD_RING + 8, 4 * SSD_RING + 7);
+  const auto conv = [&](int i) { conv1d_forward(part[i].data(), 3, rows, 1, B, T, 1, WIDTH, CACHE); };
+  const auto normed = [&](int) { gated_rmsnorm_forward(g, l.y, z, norm, 1e-5f, B * T, HEADS, DIM); };
+  const auto time = [&](const char *what, auto f) {
+    snprintf(name, sizeof name, "  %s", what);
+    row(name, time_us(l.count(), B < 16 ? 2 : 4, f), 0);
+  };
+  printf("between the projections of Mamba-2: B %zu, T %zu\n", B, T);
+  time("convolution", conv);
+  time("convolution, ssd", [&](int i) { conv(i), l.forward(i, rows); });
+  time("convolution, ssd, gated norm", [&](int i) { conv(i), l.forward(i, rows), normed(i); });
+  time("gated norm", normed);
+  free_arrays();
+}
+
+/* ---- many tokens --------------------------------------------------------------------------------------------------------- */
+
+static void ssd_many(size_t B, size_t T) {
+  char name[96];
+  const Layers l(B, T);
+  Ssd s = l.call(0, Rows{});
+  s.state = nullptr, s.ring = {}, s.chunks = (int)ceil_div(T, Q);
+  const double floor = 2.0 * B * T * DIM * (2 * HEADS + 2 * KV_GROUPS) / BYTES;
+  snprintf(name, sizeof name, "ssd forward: B %zu, T %zu", B, T);
+  row(name, time_us(1, 8, [&](int) { many(s); }), floor);
+  for (int parts = 1; parts <= 16; parts *= 2) {
+    snprintf(name, sizeof name, "  %d segments", parts);
+    row(name, time_us(1, 8, [&](int) { sequence<true, 2, 4, 128>(s, parts); }), floor);
+    snprintf(name, sizeof name, "  %d segments, 64 rows a block", parts);
+    row(name, time_us(1, 8, [&](int) { sequence<true, 1, 4, 128>(s, parts); }), floor);
+  }
+  free_arrays();
+}
+
 static __global__ void nothing(int) { wait_for_previous_kernel(); }
 
 int main() {
   printf("%-70s %9s %9s %9s\n", "", "us", "floor us", "of floor");
   row("an empty kernel in a graph", time_us(1, 64, [](int) { LAUNCH_EARLY(nothing, 1, 32, 0, 0); }), 0);
+  printf("\nMamba-2 with a State: 32 heads, 8 groups, P = N = 128, a ring of %d\n", SSD_RING);
+  for (size_t T : {1, 5}) between_projections(1, T), between_projections(64, T);
+  for (size_t T : {1, 5})
+    for (size_t B : {1, 4, 16, 64, 256}) ssd_with_state(B, T, B != 4);
   printf("\nconvolution, width 4\n");
   for (size_t B : {1, 64, 256}) conv_few(B, 1, true), conv_few(B, 1, false);
-  conv_few(64, 5, true);
+  conv_few(1, 5, true), conv_few(64, 5, true);
   conv_many(8, 2048, 6144, 1);
   conv_many(8, 2048, 1024, 4);
   conv_many(1, 2048, 6144, 1);
+  printf("\nMamba-2 over many tokens\n");
+  ssd_many(1, 2048);
+  ssd_many(8, 2048);
   return 0;
 }
