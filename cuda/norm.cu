@@ -27,13 +27,15 @@ template <int LANES> __device__ float inverse_rms(const real *x, const real *z, 
 
 /* One row, read once; the sums in the order of inverse_rms. */
 template <int LANES> __device__ void norm_kept(real *y, const real *x, const real *z, const float *w, float eps, size_t C, int lane) {
-  float v[KEPT][REALS_16], g[REALS_16], sum = 0;
+  float v[KEPT][REALS_16], weight[KEPT][REALS_16], g[REALS_16], sum = 0;
 #pragma unroll
   for (int k = 0; k < KEPT; k++) {
     const size_t c = (size_t)(lane + k * LANES) * REALS_16;
     if (c >= C) break;
     load_16(v[k], x + c);
     if (z) load_16(g, z + c);
+#pragma unroll
+    for (int i = 0; i < REALS_16; i++) weight[k][i] = w[c + i];
 #pragma unroll
     for (int i = 0; i < REALS_16; i++) {
       if (z) v[k][i] *= silu(g[i]);
@@ -46,7 +48,7 @@ template <int LANES> __device__ void norm_kept(real *y, const real *x, const rea
     const size_t c = (size_t)(lane + k * LANES) * REALS_16;
     if (c >= C) break;
 #pragma unroll
-    for (int i = 0; i < REALS_16; i++) v[k][i] = v[k][i] * scale * w[c + i];
+    for (int i = 0; i < REALS_16; i++) v[k][i] = v[k][i] * scale * weight[k][i];
     store_16(y + c, v[k]);
   }
 }
@@ -54,8 +56,11 @@ template <int LANES> __device__ void norm_kept(real *y, const real *x, const rea
 /* Rows r of M*H; row r's weight is w + r % H * C. z NULL: plain. */
 template <int LANES> __global__ void norm_rows(real *y, const real *x, const real *z, const float *w, float eps, size_t rows, size_t H, size_t C, bool whole) {
   const int lane = threadIdx.x % LANES, groups = THREADS / LANES;
+  const size_t first = (size_t)blockIdx.x * groups + threadIdx.x / LANES;
+  for (size_t c = (size_t)lane * 32; first < rows && c < C; c += LANES * 32) prefetch_l2(w + first % H * C + c);
   wait_for_previous_kernel();
-  for (size_t r = (size_t)blockIdx.x * groups + threadIdx.x / LANES; r < rows; r += (size_t)gridDim.x * groups) {
+  let_next_kernel_start();
+  for (size_t r = first; r < rows; r += (size_t)gridDim.x * groups) {
     const real *row = x + r * C, *gate = z ? z + r * C : nullptr;
     const float *weight = w + r % H * C;
     if (whole && C <= (size_t)KEPT * LANES * REALS_16) {
