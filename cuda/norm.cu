@@ -27,15 +27,13 @@ template <int LANES> __device__ float inverse_rms(const real *x, const real *z, 
 
 /* One row, read once; the sums in the order of inverse_rms. */
 template <int LANES> __device__ void norm_kept(real *y, const real *x, const real *z, const float *w, float eps, size_t C, int lane) {
-  float v[KEPT][REALS_16], weight[KEPT][REALS_16], g[REALS_16], sum = 0;
+  float v[KEPT][REALS_16], g[REALS_16], sum = 0;
 #pragma unroll
   for (int k = 0; k < KEPT; k++) {
     const size_t c = (size_t)(lane + k * LANES) * REALS_16;
     if (c >= C) break;
     load_16(v[k], x + c);
     if (z) load_16(g, z + c);
-#pragma unroll
-    for (int i = 0; i < REALS_16; i++) weight[k][i] = w[c + i];
 #pragma unroll
     for (int i = 0; i < REALS_16; i++) {
       if (z) v[k][i] *= silu(g[i]);
@@ -48,7 +46,7 @@ template <int LANES> __device__ void norm_kept(real *y, const real *x, const rea
     const size_t c = (size_t)(lane + k * LANES) * REALS_16;
     if (c >= C) break;
 #pragma unroll
-    for (int i = 0; i < REALS_16; i++) v[k][i] = v[k][i] * scale * weight[k][i];
+    for (int i = 0; i < REALS_16; i++) v[k][i] = v[k][i] * scale * w[c + i];
     store_16(y + c, v[k]);
   }
 }
