@@ -12,18 +12,18 @@ template <bool FAST, int MT, int WARPS, int NT> static __global__ void __launch_
   DYNAMIC_SHARED(real, stages);
   constexpr int PT = 16 * MT * WARPS, X_TILE = Q * PT, STAGE = X_TILE + 2 * Q * NT;
   __shared__ Decay decay[2];
+  __shared__ Where where;
   real *M = stages + 2 * STAGE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = 16 * MT * warp;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const Block k = block_of(s, s.parts);
-  const Place p = place(s, k.b);
-  const Chunks all = chunks_of(s, p);
+  where.find(s, s.parts);
+  const Block &k = where.k;
+  const Place &p = where.p;
+  const Chunks &all = where.all;
   const int p0 = k.slice * PT, rows = min(PT, s.P - p0), cols = min(NT, s.N - s.n0);
   const int begin = s.parts > 1 ? k.part * part_chunks : all.first, end = min((k.part + 1) * part_chunks, all.count);
   if (begin >= end) return;
   const size_t head = (size_t)k.b * s.H + k.h, first = (size_t)p0 * s.N + s.n0, tile = ((size_t)p.slot * s.H + k.h) * s.P * s.N + first;
-  const float A2 = log2_decay(s, k.h), D = s.Dskip && !s.n0 ? s.Dskip[k.h] : 0;
+  const float D = s.Dskip && !s.n0 ? s.Dskip[k.h] : 0;
 
   auto load_chunk = [&](int c) {
     const Chunk to_come = chunk_at(s, all, c);
@@ -40,8 +40,11 @@ template <bool FAST, int MT, int WARPS, int NT> static __global__ void __launch_
     return load_steps(s, source(s, p, all, to_come, k.b), to_come, k.h);
   };
 
+  if (s.parts == 1) wait_for_previous_kernel(); /* else that was `walk`: what is loaded here is older */
   load_chunk(begin);
-  if (warp == 0) make_decay(decay + (begin & 1), steps_of(begin), chunk_at(s, all, begin).n, A2);
+  if (warp == 0) make_decay(decay + (begin & 1), steps_of(begin), chunk_at(s, all, begin).n, where.A2);
+  if (s.parts > 1) wait_for_previous_kernel();
+  let_next_kernel_start();
   float S[MT][NT / 8][4] = {};
   bool live = s.state || k.part;
   if (s.parts == 1 && s.state) add_state<FAST, MT, NT>(S, 0, s.state + tile, s.N, rows, cols);
@@ -83,7 +86,7 @@ template <bool FAST, int MT, int WARPS, int NT> static __global__ void __launch_
         }
       }
     }
-    if (mine) make_decay(decay + ((c + 1) & 1), ahead, chunk_at(s, all, c + 1).n, A2);
+    if (mine) make_decay(decay + ((c + 1) & 1), ahead, chunk_at(s, all, c + 1).n, where.A2);
     if (c >= 0) {
       __syncthreads();
       real *y = s.y + (((size_t)k.b * s.T + now.at - all.ring) * s.H + k.h) * s.P + p0;
@@ -190,7 +193,7 @@ static void many(const Ssd &s) {
   else if (s.N <= 64)
     sequence<true, half ? 2 : 1, half ? 4 : 8, 64>(s, parts);
   else
-    sequence<true, half ? 2 : 1, half ? 4 : 8, 128>(s, parts);
+    sequence<true, 1, 8, 128>(s, parts);
 }
 
 /* Entries of the ring after many tokens: those that stand at or behind the checkpoint. All heads have read the old ones by now. */

@@ -269,9 +269,11 @@ static void ssd_many(size_t B, size_t T) {
   snprintf(name, sizeof name, "ssd forward: B %zu, T %zu", B, T);
   row(name, time_us(1, 8, [&](int) { many(s); }), floor);
   for (int parts = 1; parts <= 16; parts *= 2) {
-    snprintf(name, sizeof name, "  %d segments", parts);
+    snprintf(name, sizeof name, "  %d segments: 8 warps of 16 rows", parts);
+    row(name, time_us(1, 8, [&](int) { sequence<true, 1, 8, 128>(s, parts); }), floor);
+    snprintf(name, sizeof name, "  %d segments: 4 warps of 32 rows", parts);
     row(name, time_us(1, 8, [&](int) { sequence<true, 2, 4, 128>(s, parts); }), floor);
-    snprintf(name, sizeof name, "  %d segments, 64 rows a block", parts);
+    snprintf(name, sizeof name, "  %d segments: 4 warps of 16 rows", parts);
     row(name, time_us(1, 8, [&](int) { sequence<true, 1, 4, 128>(s, parts); }), floor);
   }
   free_arrays();
