@@ -1,10 +1,10 @@
 /* conv1d.cu - causal depthwise convolution along prev, then SiLU.
  *
  * It moves memory: a thread takes V neighbouring output channels through a run of
- * tokens, the last three inputs and the filter of four taps in registers, the next tokens' loads under way. Mamba-1's repeat is an
- * index: rep output blocks read the same inputs, from cache but once. Trees and other widths gather their taps token by token. Every
- * way adds bias, then the taps from the oldest on, by fmaf: a token's bits depend on nothing else. What a State keeps is older than
- * the kernel before this one, and is read before that has ended. */
+ * tokens, the last three inputs and the filter of four taps in registers, the next tokens' loads under way. Mamba-1's repeat is
+ * an index: rep output blocks read the same inputs, from cache but once. Trees and other widths gather their taps token by
+ * token. Every way adds bias, then the taps from the oldest on, by fmaf: a token's bits depend on nothing else. What a State
+ * keeps is older than the kernel before this one, and is read before that has ended. */
 #include "common.cuh"
 
 constexpr int WIDTH = 4, BATCH = 4; /* the taps of the fast kernels; tokens whose loads are under way together */
@@ -43,7 +43,8 @@ template <int V> struct Packed {
   }
   __device__ void pack(const float (&from)[V]) {
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) w[i] = sizeof(real) == 4 ? __float_as_uint(from[i]) : pack_bf16(from[i * V / WORDS], from[i * V / WORDS + 1]);
+    for (int i = 0; i < WORDS; i++)
+      w[i] = sizeof(real) == 4 ? __float_as_uint(from[i]) : pack_bf16(from[i * V / WORDS], from[i * V / WORDS + 1]);
   }
 };
 template <> struct Packed<1> {
@@ -51,7 +52,8 @@ template <> struct Packed<1> {
   __device__ void unpack(float (&to)[1]) const { to[0] = load(&v); }
   __device__ void pack(const float (&from)[1]) { store(&v, from[0]); }
 };
-template <int V> using Line = std::conditional_t<V * sizeof(real) == 16, uint4, std::conditional_t<V * sizeof(real) == 8, uint2, Packed<V>>>;
+template <int V>
+using Line = std::conditional_t<V * sizeof(real) == 16, uint4, std::conditional_t<V * sizeof(real) == 8, uint2, Packed<V>>>;
 template <int V> __device__ static inline Packed<V> load_channels(const real *p) {
   const Line<V> line = *(const Line<V> *)p;
   Packed<V> q;
@@ -77,8 +79,12 @@ __device__ static inline float slope(float v, int silu) {
   return silu ? s * fmaf(v, 1.0f - s, 1.0f) : 1.0f;
 }
 /* Output channel c reads input map(c); of the rep outputs of an input this is the r-th. */
-__device__ static inline unsigned input_of(const Conv &s, const Part &p, unsigned c) { return p.rep == 1 ? c : c / s.N / p.rep * s.N + c % s.N; }
-__device__ static inline bool first_output(const Conv &s, const Part &p, unsigned c) { return p.rep == 1 || c / s.N % p.rep == 0; }
+__device__ static inline unsigned input_of(const Conv &s, const Part &p, unsigned c) {
+  return p.rep == 1 ? c : c / s.N / p.rep * s.N + c % s.N;
+}
+__device__ static inline bool first_output(const Conv &s, const Part &p, unsigned c) {
+  return p.rep == 1 || c / s.N % p.rep == 0;
+}
 
 struct Slot {
   size_t slot;
@@ -157,7 +163,8 @@ template <int V> struct Window {
 };
 /* Those inputs of channel m on that are in the call (CALL), or in the cache. */
 template <int V, bool CALL>
-__device__ static inline void load_past(Packed<V> (&past)[WIDTH - 1], const Conv &s, const Part &p, const Slot &at, size_t b, int t, size_t m) {
+__device__ static inline void load_past(Packed<V> (&past)[WIDTH - 1], const Conv &s, const Part &p, const Slot &at, size_t b,
+                                        int t, size_t m) {
 #pragma unroll
   for (int i = 0; i < WIDTH - 1; i++) {
     const int u = t - (WIDTH - 1) + i;
@@ -185,7 +192,8 @@ template <int V> struct Walk {
   real *y;
   bool caches;
   /* n tokens (WHOLE: BATCH) from t on. PLAIN: one document, and the cache is left alone. */
-  template <bool PLAIN, bool WHOLE> __device__ void step(const Conv &s, const Part &p, const Packed<V> (&raw)[BATCH], int t, int n) {
+  template <bool PLAIN, bool WHOLE>
+  __device__ void step(const Conv &s, const Part &p, const Packed<V> (&raw)[BATCH], int t, int n) {
 #pragma unroll
     for (int k = 0; k < BATCH; k++, y += p.D) {
       if (!WHOLE && k >= n) return;
@@ -201,10 +209,12 @@ template <int V> struct Walk {
   }
 };
 
+template <int V> constexpr int slides = V * sizeof(real) > 8 ? 4 : V > 2 ? 6 : 8; /* blocks of a multiprocessor */
 /* Chains of width 4. Blocks: (row, run, group of channels), channels first. caches: this call's inputs go to the cache. */
-template <int V, bool PLAIN> static __global__ void __launch_bounds__(128, V * sizeof(real) > 8 ? 4 : V > 2 ? 6 : 8)
-    slide(const __grid_constant__ Conv s, bool caches) {
-  const unsigned groups = s.first[s.n], runs = ((unsigned)s.T + s.run - 1) / s.run, group = blockIdx.x % groups, i = blockIdx.x / groups;
+template <int V, bool PLAIN>
+static __global__ void __launch_bounds__(128, slides<V>) slide(const __grid_constant__ Conv s, bool caches) {
+  const unsigned groups = s.first[s.n], runs = ((unsigned)s.T + s.run - 1) / s.run, group = blockIdx.x % groups,
+                 i = blockIdx.x / groups;
   const int of = (s.n > 1 && group >= s.first[1]) + (s.n > 2 && group >= s.first[2]);
   const Part p = s.part[of];
   const unsigned c = ((group - s.first[of]) * blockDim.x + threadIdx.x) * V;
@@ -344,8 +354,8 @@ void conv1d_forward(const ConvPart *part, int n, Rows rows, int silu, size_t B, 
 /* y = f(sum): with dsum = dy f'(sum), dx[t] = sum over outputs r and steps j of w[W-1-j] dsum[t+j], dw[i] = sum_t dsum[t] x
  * under tap i. Thread (x,r) takes V inputs and their r-th outputs through a run of tokens, and the three after it that reach
  * back into it. The rep parts of dx meet in shared memory. Width 4. */
-template <int V, bool PLAIN, bool REPEAT> static __global__ void __launch_bounds__(V == 1 ? 1024 : 256)
-    slide_back(const Conv s) {
+template <int V, bool PLAIN, bool REPEAT>
+static __global__ void __launch_bounds__(V == 1 ? 1024 : 256) slide_back(const Conv s) {
   const Part &p = s.part[0];
   const size_t X = p.X, D = p.D;
   const unsigned lanes = blockDim.x, groups = (p.X / V + lanes - 1) / lanes, runs = ((unsigned)s.T + s.run - 1) / s.run;

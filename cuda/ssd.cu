@@ -196,7 +196,7 @@ static void many(const Ssd &s) {
     sequence<true, 1, 8, 128>(s, parts);
 }
 
-/* Entries of the ring after many tokens: those that stand at or behind the checkpoint. All heads have read the old ones by now. */
+/* The ring after many tokens: those that stand at or behind the checkpoint. All heads have read the old entries by now. */
 static __global__ void remember(const Ssd s) {
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -219,7 +219,7 @@ static __global__ void remember(const Ssd s) {
   }
 }
 
-/* ---- the op ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- the op ------------------------------------------------------------------------------------------------------------- */
 
 void ssd_forward(real *y, float *state, Ring ring, const real *x, const real *dt, const float *A_log, const real *Bm, const real *C,
                  const float *Dskip, const float *dt_bias, Rows rows, size_t B, size_t T, size_t H, size_t G, size_t P, size_t N) {

@@ -402,7 +402,8 @@ static __device__ inline void update(float (&S)[MT][NT / 8][4], float last, cons
  * forward (dy NULL): over segment `part`, from its start or from zero: `starts` of the next segment and its `decays`;
  * backward, part 0: the state before every chunk; part 1: the cotangent of the state after every chunk, in reverse, by the same
  * recurrence: dS = e_last dS + sum_t e_t dy_t C_t^T. */
-template <bool FAST, int NT> static __global__ void __launch_bounds__(WALK_THREADS, FAST && sizeof(real) == 2 ? 4 : 3) walk(Ssd s, int parts, int part_chunks) {
+template <bool FAST, int NT>
+static __global__ void __launch_bounds__(WALK_THREADS, FAST && sizeof(real) == 2 ? 4 : 3) walk(Ssd s, int parts, int part_chunks) {
   DYNAMIC_SHARED(real, stages);
   __shared__ Decay decay[2];
   __shared__ Where where;

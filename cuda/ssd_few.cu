@@ -1,12 +1,13 @@
 /* ssd_few.cu - Mamba-2, few tokens with a State: the replay of csrc/ssd.c on the GPU.
  *
- * Memory is the limit: a head's checkpoint is read once, and written only by folds. A block takes tiles in turn, rows of a head's
- * checkpoint in registers; while one is worked on, the next one's is under way to shared memory, where each thread fetches what it will
- * hold itself. What came since the checkpoint is replayed in the quadratic form. The heads of a group are neighbours: their block reads
- * the ring once. What a State keeps is older than the kernel before this one, and is read before that has ended.
+ * Memory is the limit: a head's checkpoint is read once, and written only by folds. A block takes tiles in turn, rows of a
+ * head's checkpoint in registers; while one is worked on, the next one's is under way to shared memory, where each thread
+ * fetches what it will hold itself. What came since the checkpoint is replayed in the quadratic form. The heads of a group are
+ * neighbours: their block reads the ring once. What a State keeps is older than the kernel before this one, and is read before
+ * that has ended.
  *
- * All sums have an order that depends on a token's path and on N alone, and products are added by explicit fmaf, so that a token's bits
- * do not depend on the kernel's template or on what else is in the call. */
+ * All sums have an order that depends on a token's path and on N alone, and products are added by explicit fmaf, so that a
+ * token's bits do not depend on the kernel's template or on what else is in the call. */
 #include "ssd.cuh"
 
 enum { REPLAY_THREADS = 256, GROUPS = REPLAY_THREADS / 8, PAST = RING + PENDING, READERS = 1 << 14 };
@@ -28,8 +29,8 @@ static __device__ inline Tile tile_of(const Ssd &s, unsigned i) {
   return k;
 }
 
-/* A token's path: `list` is the run that ends with it, back to a multiple of R, as indices of the past (ring, then call); base is
- * what stands before the run: an index, -1 the checkpoint as found, -2 nothing. fresh: no token before it has this base. */
+/* A token's path: `list` is the run that ends with it, back to a multiple of R, as indices of the past (ring, then call); base
+ * is what stands before the run: an index, -1 the checkpoint as found, -2 nothing. fresh: no token before it has this base. */
 struct Paths {
   int list[PENDING][SSD_RING], length[PENDING], base[PENDING];
   bool fresh[PENDING];
@@ -47,8 +48,8 @@ struct Head {
 /* Dynamic shared memory. */
 template <int CHUNKS, int RPT> struct Space {
   static constexpr int ROWS = GROUPS * RPT, N = 32 * CHUNKS, X = CHUNKS ? ROWS : 0;
-  float4 *state; /* (RPT,CHUNKS,REPLAY_THREADS) of the next tile */
-  float *inter;  /* (T,ROWS) S C_t */
+  float4 *state;   /* (RPT,CHUNKS,REPLAY_THREADS) of the next tile */
+  float *inter;    /* (T,ROWS) S C_t */
   real *C, *B, *x; /* (2,T,N)  (RING+T,N)  (RING+T,ROWS) */
   static size_t bytes(size_t T) {
     return (RPT * CHUNKS * REPLAY_THREADS * 4 + T * ROWS) * sizeof(float) + (2 * T * N + (RING + T) * (N + X)) * sizeof(real);
@@ -70,7 +71,7 @@ template <> struct Slice<0, 1> {
   float *p;
   __device__ Slice(const Ssd &s) : p(s.starts + (size_t)blockIdx.x * chunks(s) * REPLAY_THREADS * 4) {}
   static __device__ int chunks(const Ssd &s) { return (s.N + 31) / 32; }
-  __device__ float (&at(int, int c))[4] { return *(float(*)[4])(p + ((size_t)c * REPLAY_THREADS + threadIdx.x) * 4); }
+  __device__ float (&at(int, int c))[4] { return *(float (*)[4])(p + ((size_t)c * REPLAY_THREADS + threadIdx.x) * 4); }
 };
 
 template <class R> static __device__ inline void load_4(float (&v)[4], const R *p) {
@@ -110,7 +111,8 @@ static __device__ void climb(Paths &p, const Ssd &s, const Place &at, int b, int
   if (t < s.T) p.fresh[t] = fresh;
 }
 
-/* Seen from the end of a run of n tokens: w[j] = exp(cum_last - cum_j) d_j, and e = exp(cum_last). 16 lanes; lane j has d_j or 0. */
+/* Seen from the end of a run of n tokens: w[j] = exp(cum_last - cum_j) d_j, and e = exp(cum_last). 16 lanes; lane j has d_j,
+ * or 0. */
 static __device__ void run_decay(float *w, float *e, float d, int n, float A2) {
   const int j = threadIdx.x % SSD_RING;
   float sum = d;
@@ -137,7 +139,8 @@ template <int CHUNKS, int RPT> struct Replay {
   const real *C;
 
   __device__ Replay(const Ssd &s, Head &m, float4 *shared)
-      : s(s), m(m), space(shared, s.T), tid(threadIdx.x), lane(tid % 32), warp(tid / 32), part(tid % 8), first_row(tid / 8), rep(s.H / s.G), S(s) {}
+      : s(s), m(m), space(shared, s.T), tid(threadIdx.x), lane(tid % 32), warp(tid / 32), part(tid % 8), first_row(tid / 8),
+        rep(s.H / s.G), S(s) {}
 
   __device__ int rows_of(const Tile &k) const { return RPT > 1 ? (int)ROWS : min((int)ROWS, s.P - k.slice * ROWS); }
   __device__ float *checkpoint_of(const Tile &k, int slot) const {
@@ -158,13 +161,15 @@ template <int CHUNKS, int RPT> struct Replay {
     for (int r = 0; r < RPT; r++)
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
-        cp_async_16(space.state + (r * CHUNKS + c) * REPLAY_THREADS + tid, from + (size_t)(GROUPS * r) * N + 32 * c, first_row + GROUPS * r < rows ? 16 : 0);
+        cp_async_16(space.state + (r * CHUNKS + c) * REPLAY_THREADS + tid, from + (size_t)(GROUPS * r) * N + 32 * c,
+                    first_row + GROUPS * r < rows ? 16 : 0);
   }
   __device__ void take_state() {
 #pragma unroll
     for (int r = 0; r < RPT; r++)
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) load_16(S.at(r, c), (const float *)(space.state + (r * CHUNKS + c) * REPLAY_THREADS + tid));
+      for (int c = 0; c < CHUNKS; c++)
+        load_16(S.at(r, c), (const float *)(space.state + (r * CHUNKS + c) * REPLAY_THREADS + tid));
   }
   __device__ void load_checkpoint() {
     const float *from = checkpoint_of(k, at.slot);
@@ -173,7 +178,7 @@ template <int CHUNKS, int RPT> struct Replay {
     for (int r = 0; r < RPT; r++)
 #pragma unroll
       for (int c = 0; c < S.chunks(s); c++) {
-        float(&v)[4] = S.at(r, c);
+        float (&v)[4] = S.at(r, c);
         const bool there = first_row + GROUPS * r < rows;
         if (CHUNKS) {
           const float4 q = there ? __ldcs((const float4 *)(from + (size_t)(GROUPS * r) * N + 32 * c)) : make_float4(0, 0, 0, 0);
@@ -189,7 +194,7 @@ template <int CHUNKS, int RPT> struct Replay {
     for (int r = 0; r < RPT; r++)
 #pragma unroll
       for (int c = 0; c < S.chunks(s); c++) {
-        float(&v)[4] = S.at(r, c);
+        float (&v)[4] = S.at(r, c);
         if (first_row + GROUPS * r >= rows) continue;
         if (CHUNKS)
           __stcs((float4 *)(to + (size_t)(GROUPS * r) * N + 32 * c), make_float4(v[0], v[1], v[2], v[3]));
@@ -211,16 +216,18 @@ template <int CHUNKS, int RPT> struct Replay {
       if (piece < N)
         cp_async_16(space.B + entry * N + piece, (old ? s.ring.B : s.Bm) + row * s.N + piece);
       else
-        cp_async_16(space.x + entry * ROWS + piece - N, (old ? s.ring.x : s.x) + row * s.P + p0 + piece - N, piece - N < rows ? 16 : 0);
+        cp_async_16(space.x + entry * ROWS + piece - N, (old ? s.ring.x : s.x) + row * s.P + p0 + piece - N,
+                    piece - N < rows ? 16 : 0);
     }
   }
   __device__ void fetch_C(const Tile &k, int buffer) const {
     constexpr int pieces = CHUNKS ? N / REALS_16 : 1;
     for (int i = tid; CHUNKS && i < s.T * pieces; i += REPLAY_THREADS)
-      cp_async_16(space.C + buffer * s.T * N + i * REALS_16, s.C + (((size_t)k.b * s.T + i / pieces) * s.H + k.h) * N + i % pieces * REALS_16);
+      cp_async_16(space.C + buffer * s.T * N + i * REALS_16,
+                  s.C + (((size_t)k.b * s.T + i / pieces) * s.H + k.h) * N + i % pieces * REALS_16);
   }
-  /* A number of a tile for each thread: dt of entry tid, if that is one of first .. last (the ring's is a step, the call's is not yet
-   * one), A_log and D. They are loaded before the tile's turn, into `ahead`. */
+  /* A number of a tile for each thread: dt of entry tid, if that is one of first .. last (the ring's is a step, the call's is
+   * not yet one), A_log and D. They are loaded before the tile's turn, into `ahead`. */
   __device__ void load_numbers(float &ahead, const Tile &k, const Place &at, int ring, int first, int last) const {
     const size_t i = row_of(s, at, k.b, ring, tid) * s.H + k.h;
     if (tid >= first && tid < last) ahead = tid < ring ? s.ring.dt[i] : load(s.dt + i) + (s.dt_bias ? s.dt_bias[k.h] : 0);
@@ -247,7 +254,9 @@ template <int CHUNKS, int RPT> struct Replay {
   }
   __device__ float x_at(int i, int row) const {
     if (CHUNKS) return load(space.x + i * ROWS + row);
-    return row < rows_of(k) ? load((i < ring ? s.ring.x : s.x) + (row_of(s, at, k.b, ring, i) * s.G + k.g) * s.P + k.slice * ROWS + row) : 0;
+    return row < rows_of(k)
+               ? load((i < ring ? s.ring.x : s.x) + (row_of(s, at, k.b, ring, i) * s.G + k.g) * s.P + k.slice * ROWS + row)
+               : 0;
   }
 
   /* ---- arithmetic ---- */
@@ -275,7 +284,8 @@ template <int CHUNKS, int RPT> struct Replay {
       if (part == 0 && there) m.dots[t][j] = sum;
     }
   }
-  /* S = e S + sum_j w_j x_j B_j^T, the one way in which a run, that which ends with entry `end`, enters a state; e = 0: from nothing */
+  /* S = e S + sum_j w_j x_j B_j^T, the one way in which a run, that which ends with entry `end`, enters a state. nothing: there
+   * was none before. */
   __device__ void fold(int end, bool nothing) {
     const int n = end < ring ? SSD_RING : m.paths.length[end - ring];
     __syncthreads(); /* the fold before may still be read */
@@ -338,8 +348,8 @@ template <int CHUNKS, int RPT> struct Replay {
     }
     space.inter[u * ROWS + first_row + GROUPS * row] = sum[0];
   }
-  /* First the checkpoint moves for good; then S goes to each base and is read for all its tokens; last, without a ring, to the state
-   * after `keep` tokens. Entries are numbered from the checkpoint as found, -1. */
+  /* First the checkpoint moves for good; then S goes to each base and is read for all its tokens; last, without a ring, to the
+   * state after `keep` tokens. Entries are numbered from the checkpoint as found, -1. */
   __device__ void states() {
     const int target = s.ring.x ? min(at.cut, ring) - 1 : -1;
     int stands = -1, checkpoint_at = -1;
@@ -395,8 +405,8 @@ template <int CHUNKS, int RPT> struct Replay {
 
   /* ---- the ring ---- */
 
-  /* The call's entries that stand at or behind the checkpoint: a head writes its dt, the first of a group x and B. Where they take the
-   * places of entries that are replayed, the last tile that has read these writes everything. */
+  /* The call's entries that stand at or behind the checkpoint: a head writes its dt, the first of a group x and B. Where they
+   * take the places of entries that are replayed, the last tile that has read these writes everything. */
   __device__ void remember() {
     typedef std::conditional_t<CHUNKS != 0, uint4, real> Unit;
     constexpr int EACH = sizeof(Unit) / sizeof(real);
@@ -404,7 +414,8 @@ template <int CHUNKS, int RPT> struct Replay {
     if (all && !read_last()) return;
     const int from = at.begin + max(at.cut, 0), first = max(from - at.pos, 0), n = min(from + (int)RING - at.pos, s.T) - first;
     const bool leads = all || k.h % rep == 0, here = CHUNKS && !all; /* x and B are still in shared memory */
-    const int p0 = all ? 0 : k.slice * ROWS, rows = !leads ? 0 : all ? s.P : min((int)ROWS, s.P - p0), columns = leads && (all || !k.slice) ? s.N : 0;
+    const int p0 = all ? 0 : k.slice * ROWS, rows = !leads ? 0 : all ? s.P : min((int)ROWS, s.P - p0);
+    const int columns = leads && (all || !k.slice) ? s.N : 0;
     const int width = (rows + columns) / EACH, heads = all ? rep : !k.slice, h0 = all ? k.g * rep : k.h;
     const size_t call = ((size_t)k.b * s.T * s.G + k.g);
     const real *x = here ? space.x + ring * ROWS : s.x + call * s.P + p0, *B = here ? space.B + ring * N : s.Bm + call * s.N;
@@ -420,7 +431,8 @@ template <int CHUNKS, int RPT> struct Replay {
     for (int i = tid; i < n * heads; i += REPLAY_THREADS) {
       const int t = first + i / heads, h = h0 + i % heads;
       const size_t dt = ((size_t)k.b * s.T + t) * s.H + h;
-      s.ring.dt[((size_t)at.slot * RING + (at.pos + t) % RING) * s.H + h] = all ? ssd_step(load(s.dt + dt) + (s.dt_bias ? s.dt_bias[h] : 0)) : m.d[ring + t];
+      s.ring.dt[((size_t)at.slot * RING + (at.pos + t) % RING) * s.H + h] =
+          all ? ssd_step(load(s.dt + dt) + (s.dt_bias ? s.dt_bias[h] : 0)) : m.d[ring + t];
     }
   }
   __device__ bool read_last() {
@@ -490,12 +502,15 @@ template <int CHUNKS, int RPT> struct Replay {
   }
 };
 
-template <int RPT> constexpr int resident = RPT == 1 ? 3 : RPT == 4 && sizeof(real) == 4 ? 1 : 2; /* blocks of a multiprocessor */
+/* Blocks of a multiprocessor. */
+template <int RPT> constexpr int resident = RPT == 1 ? 3 : RPT == 4 && sizeof(real) == 4 ? 1 : 2;
 
-template <int CHUNKS, int RPT> static __global__ void __launch_bounds__(REPLAY_THREADS, resident<RPT>) replay(const __grid_constant__ Ssd s, unsigned tiles) {
+template <int CHUNKS, int RPT>
+static __global__ void __launch_bounds__(REPLAY_THREADS, resident<RPT>) replay(const __grid_constant__ Ssd s, unsigned tiles) {
   DYNAMIC_SHARED(float4, shared);
   __shared__ Head head;
-  const unsigned first = (unsigned)((size_t)tiles * blockIdx.x / gridDim.x), last = (unsigned)((size_t)tiles * (blockIdx.x + 1) / gridDim.x);
+  const unsigned first = (unsigned)((size_t)tiles * blockIdx.x / gridDim.x),
+                 last = (unsigned)((size_t)tiles * (blockIdx.x + 1) / gridDim.x);
   Replay<CHUNKS, RPT>(s, head, shared).run(first, last);
 }
 
@@ -520,8 +535,8 @@ template <int CHUNKS, int RPT> static void run_replay(Ssd s) {
   LAUNCH_EARLY((replay<CHUNKS, RPT>), (unsigned)blocks, REPLAY_THREADS, (Space<CHUNKS, RPT>::bytes(s.T)), s, (unsigned)tiles);
 }
 
-/* Rows a thread, 1 where they would not come out even: many where there are heads enough, so that the ring is read by few blocks;
- * else few, to fill the GPU. */
+/* Rows a thread, 1 where they would not come out even: many where there are heads enough, so that the ring is read by few
+ * blocks; else few, to fill the GPU. */
 template <int CHUNKS> static void replay_rows(const Ssd &s) {
   const size_t heads = (size_t)s.B * s.H, enough = 4 * (size_t)multiprocessors(), most = most_shared();
   if (s.P % 128 == 0 && heads * (s.P / 128) >= enough && shared_of<CHUNKS, 4>(s.T) <= most)

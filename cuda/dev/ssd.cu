@@ -1,5 +1,5 @@
-/* ssd.cu - the ladder of ../conv1d.cu, ../ssd.cu and ../ssd_few.cu: what is left open in them, each choice against the others, then the ops, and what
- * a Mamba-2 layer runs between its projections. From the repository's root:
+/* ssd.cu - the ladder of ../conv1d.cu, ../ssd.cu and ../ssd_few.cu: what is left open in them, each choice against the others,
+ * then the ops, and what a Mamba-2 layer runs between its projections. From the repository's root:
  *
  *   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DMIL_CUDA=1 -DMIL_GPU=1 -DMIL_BF16=1 \
  *        -Icsrc -Icuda cuda/dev/ssd.cu cuda/norm.cu cuda/device.cu -o /tmp/ssd && /tmp/ssd
@@ -87,19 +87,23 @@ static void row(const char *name, double us, double floor) {
 
 constexpr size_t CACHE = WIDTH - 1 + PENDING;
 
-template <int V> static void conv_rung(const ConvPart &part, Rows rows, size_t B, size_t T, unsigned threads, size_t run, double floor) {
+template <int V>
+static void conv_rung(const ConvPart &part, Rows rows, size_t B, size_t T, unsigned threads, size_t run, double floor) {
   char name[96];
   Conv s = conv_of(&part, 1, rows, 1, B, T, STATES_OF_MAMBA_1, WIDTH, CACHE);
   const bool caches = part.cache;
   s.run = (unsigned)run, s.first[1] = (unsigned)ceil_div(part.D / V, threads);
   snprintf(name, sizeof name, "  %d channels and %zu tokens a thread, %u threads", V, run, threads);
   const unsigned blocks = (unsigned)(B * ceil_div(T, run) * s.first[1]);
-  row(name, time_us(1, caches ? 32 : 4, [&](int) {
-        if (caches)
-          LAUNCH_EARLY((slide<V, false>), blocks, threads, 0, s, true);
-        else
-          LAUNCH_EARLY((slide<V, true>), blocks, threads, 0, s, false);
-      }), floor);
+  row(name,
+      time_us(1, caches ? 32 : 4,
+              [&](int) {
+                if (caches)
+                  LAUNCH_EARLY((slide<V, false>), blocks, threads, 0, s, true);
+                else
+                  LAUNCH_EARLY((slide<V, true>), blocks, threads, 0, s, false);
+              }),
+      floor);
 }
 static void conv_many(size_t B, size_t T, size_t X, size_t rep) {
   char name[96];
@@ -117,7 +121,9 @@ static void conv_many(size_t B, size_t T, size_t X, size_t rep) {
   }
   conv_rung<2>(part, Rows{}, B, T, 128, 32, floor);
   snprintf(name, sizeof name, "conv backward: B %zu, T %zu, %zu -> %zu channels", B, T, X, D);
-  row(name, time_us(1, 4, [&](int) { conv1d_backward(dx, dw, dbias, dy, x, w, bias, Rows{}, 1, B, T, X, D, STATES_OF_MAMBA_1, WIDTH); }),
+  row(name,
+      time_us(1, 4,
+              [&](int) { conv1d_backward(dx, dw, dbias, dy, x, w, bias, Rows{}, 1, B, T, X, D, STATES_OF_MAMBA_1, WIDTH); }),
       (2 * in + out) / BYTES);
   free_arrays();
 }
@@ -129,12 +135,15 @@ static void conv_few(size_t B, size_t T, bool three) {
   double bytes = 0;
   for (size_t X : inputs) {
     const size_t D = three ? X : 4 * X;
-    part.push_back({array<real>(B * T * D), array<real>(B * CACHE * X), array<real>(B * T * X), array<float>(D * WIDTH), array<float>(D), X, D});
+    part.push_back({array<real>(B * T * D), array<real>(B * CACHE * X), array<real>(B * T * X), array<float>(D * WIDTH),
+                    array<float>(D), X, D});
     bytes += sizeof(real) * (double)B * ((WIDTH - 1 + 2 * T) * X + T * D) + 20.0 * D;
   }
   const Rows rows = {nullptr, nullptr, nullptr, integers(std::vector<int32_t>(B, 100)), nullptr, nullptr};
   snprintf(name, sizeof name, "conv with a cache: B %zu, T %zu, Mamba-%d", B, T, three ? 2 : 1);
-  row(name, time_us(1, 32, [&](int) { conv1d_forward(part.data(), (int)part.size(), rows, 1, B, T, STATES_OF_MAMBA_1, WIDTH, CACHE); }),
+  row(name,
+      time_us(1, 32,
+              [&](int) { conv1d_forward(part.data(), (int)part.size(), rows, 1, B, T, STATES_OF_MAMBA_1, WIDTH, CACHE); }),
       bytes / BYTES);
   if (!three)
     for (unsigned threads : {32, 64, 128}) {
@@ -166,7 +175,8 @@ struct Layers {
     const size_t bytes = B * HEADS * DIM * DIM * sizeof(float), count = std::max((size_t)2, ceil_div(L2, bytes));
     for (size_t i = 0; i < count; i++) {
       state.push_back(array<float>(B * HEADS * DIM * DIM));
-      ring.push_back({array<real>(B * RING * KV_GROUPS * DIM), array<real>(B * RING * KV_GROUPS * DIM), array<float>(B * RING * HEADS, 0.05f, 0.04f)});
+      ring.push_back({array<real>(B * RING * KV_GROUPS * DIM), array<real>(B * RING * KV_GROUPS * DIM),
+                      array<float>(B * RING * HEADS, 0.05f, 0.04f)});
     }
     y = array<real>(B * T * HEADS * DIM), x = array<real>(B * T * KV_GROUPS * DIM), dt = array<real>(B * T * HEADS, -4, 1);
     Bm = array<real>(B * T * KV_GROUPS * DIM), C = array<real>(B * T * HEADS * DIM);
@@ -178,7 +188,8 @@ struct Layers {
   }
   Ssd call(int i, const Rows &rows) const {
     Ssd s = {};
-    s.y = y, s.state = state[i], s.ring = ring[i], s.x = x, s.dt = dt, s.Bm = Bm, s.C = C, s.A_log = A_log, s.Dskip = D, s.dt_bias = bias;
+    s.y = y, s.state = state[i], s.ring = ring[i], s.x = x, s.dt = dt, s.Bm = Bm, s.C = C, s.A_log = A_log, s.Dskip = D,
+    s.dt_bias = bias;
     s.rows = rows, s.B = (int)B, s.T = (int)T, s.H = HEADS, s.G = KV_GROUPS, s.P = s.N = DIM, s.vectors = 1;
     return s;
   }
@@ -197,11 +208,14 @@ template <int RPT> static void few_rung(const Layers &l, const Rows &rows, int e
     snprintf(name, sizeof name, "  %d rows a tile, %d blocks a multiprocessor", GROUPS * RPT, each);
   else
     snprintf(name, sizeof name, "  %d rows a tile, a block each", GROUPS * RPT);
-  row(name, time_us(l.count(), l.B < 16 ? 2 : 4, [&](int i) {
-        Ssd s = l.call(i, rows);
-        s.slices = slices;
-        LAUNCH_EARLY((replay<4, RPT>), blocks, REPLAY_THREADS, (Space<4, RPT>::bytes(l.T)), s, tiles);
-      }), floor);
+  row(name,
+      time_us(l.count(), l.B < 16 ? 2 : 4,
+              [&](int i) {
+                Ssd s = l.call(i, rows);
+                s.slices = slices;
+                LAUNCH_EARLY((replay<4, RPT>), blocks, REPLAY_THREADS, (Space<4, RPT>::bytes(l.T)), s, tiles);
+              }),
+      floor);
 }
 static void ssd_with_state(size_t B, size_t T, bool rungs) {
   char name[96];
@@ -225,7 +239,8 @@ static void ssd_with_state(size_t B, size_t T, bool rungs) {
     if (!rungs) break;
     printf("  %s\n", k ? "in the middle of a run" : "a fold");
     const double floor = l.floor(!k, k * step);
-    for (int each : {0, 1, 2, 3}) few_rung<1>(l, phase[k], each, floor), few_rung<2>(l, phase[k], each, floor), few_rung<4>(l, phase[k], each, floor);
+    for (int each : {0, 1, 2, 3})
+      few_rung<1>(l, phase[k], each, floor), few_rung<2>(l, phase[k], each, floor), few_rung<4>(l, phase[k], each, floor);
   }
   free_arrays();
 }
