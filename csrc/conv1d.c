@@ -146,16 +146,19 @@ static void cache_range(void *arg, size_t begin, size_t end, size_t worker) {
   }
 }
 
-void conv1d_forward(real *y, real *cache, const real *x, const float *w, const float *bias, Rows rows, int silu, size_t B,
-                    size_t T, size_t X, size_t D, size_t N, size_t W, size_t K) {
-  Conv s = conv_of(x, w, bias, rows, silu, B, T, X, D, N, W, K);
-  s.y = y, s.cache = cache;
-  if (!B || !T || !X || !D) return;
+static void forward_part(const ConvPart *p, Rows rows, int silu, size_t B, size_t T, size_t N, size_t W, size_t K) {
+  Conv s = conv_of(p->x, p->w, p->bias, rows, silu, B, T, p->X, p->D, N, W, K);
+  s.y = p->y, s.cache = p->cache;
+  if (!B || !T || !s.X || !s.D) return;
   s.scratch = device_scratch(workers() * s.share * sizeof(float));
   if (!s.scratch) return;
   parallel(forward_range, &s, B * ((T + TOKENS - 1) / TOKENS) * s.chunks * s.rep,
-           min(T, TOKENS) * min(X, CHANNELS) * (2.0 * W + 30));
-  if (cache) parallel(cache_range, &s, B, (double)min(T, K) * X);
+           min(T, TOKENS) * min(s.X, CHANNELS) * (2.0 * W + 30));
+  if (s.cache) parallel(cache_range, &s, B, (double)min(T, K) * s.X);
+}
+
+void conv1d_forward(const ConvPart *part, int n, Rows rows, int silu, size_t B, size_t T, size_t N, size_t W, size_t K) {
+  for (int i = 0; i < n; i++) forward_part(part + i, rows, silu, B, T, N, W, K);
 }
 
 /* ---- backward ------------------------------------------------------------------------------------------------------- */

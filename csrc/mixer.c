@@ -134,8 +134,8 @@ static void mix_mamba1(const Call *k, size_t l, Acts *acts, real *h, const real 
   Cache *cache = k->s ? k->s->layer[l] : NULL;
   Ring ring = {0};
   if (cache) ring = (Ring){cache[2].data, cache[4].data, cache[3].data};
-  conv1d_forward(x[XC1], cache ? cache[0].data : NULL, x[X1], vector(p + M1CONV), vector(p + M1CONVB), k->rows, 1, k->B, k->T,
-                 d.E, d.D, SCAN_STATE, CONV, cache ? cache[0].rows : 0);
+  const ConvPart conv = {x[XC1], cache ? cache[0].data : NULL, x[X1], vector(p + M1CONV), vector(p + M1CONVB), d.E, d.D};
+  conv1d_forward(&conv, 1, k->rows, 1, k->B, k->T, SCAN_STATE, CONV, cache ? cache[0].rows : 0);
   selective_scan_forward(x[Y1], cache ? cache[1].data : NULL, ring, x[XC1], x[DT1], vector(p + M1A), x[B1], x[C1],
                          vector(p + M1D), vector(p + M1DTB), x[Z1], k->rows, k->B, k->T, d.D, SCAN_STATE, d.E / SCAN_STATE);
   project(k, h, x[Y1], p + M1OUT, 0, d.C, NULL, 1);
@@ -211,10 +211,11 @@ static void mix_mamba2(const Call *k, size_t l, Acts *acts, real *h, const real 
   Cache *cache = k->s ? k->s->layer[l] : NULL;
   Ring ring = {0};
   if (cache) ring = (Ring){cache[4].data, cache[6].data, cache[5].data};
+  ConvPart conv[3];
   for (int i = 0; i < 3; i++)
-    conv1d_forward(x[part[i].out], cache ? cache[i].data : NULL, x[part[i].in], vector(p + M2CONV) + part[i].first * CONV,
-                   vector(p + M2CONVB) + part[i].first, k->rows, 1, k->B, k->T, part[i].width, part[i].width, 1, CONV,
-                   cache ? cache[i].rows : 0);
+    conv[i] = (ConvPart){x[part[i].out], cache ? cache[i].data : NULL, x[part[i].in], vector(p + M2CONV) + part[i].first * CONV,
+                         vector(p + M2CONVB) + part[i].first, part[i].width, part[i].width};
+  conv1d_forward(conv, 3, k->rows, 1, k->B, k->T, 1, CONV, cache ? cache[0].rows : 0);
   ssd_forward(x[Y2], cache ? cache[3].data : NULL, ring, x[XC2], x[DT2], vector(p + M2A), x[BC2], x[CC2], vector(p + M2D),
               vector(p + M2DTB), k->rows, k->B, k->T, d.H, d.G, d.P, d.P);
   gated_rmsnorm_forward(x[G2], x[Y2], x[Z2], vector(p + M2NORM), m->c.norm_eps, k->M, d.H, d.P);

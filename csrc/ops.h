@@ -131,11 +131,17 @@ void attention_backward(real *dq, real *dk, real *dv, const real *dout, const re
 /* Causal depthwise convolution along prev, then SiLU if silu:
  *   y[t,c] = f(bias[c] + sum_{i<W} w[c,i] x[t-(W-1-i), map(c)])     t-j: j steps back along prev, 0 before a document's start
  *   map(c) = (c/N / rep)*N + c%N, rep = D/X: Mamba-1's repeat of blocks of N channels. X = D: map(c) = c, any N.
- * y (B,T,D)  x (B,T,X)  w (D,W)  bias (D) or NULL  cache (S,K,X) of raw inputs or NULL, K >= W-1+PENDING; with it, tokens
- * before pos come from the cache and this call's x is written to it after it has been read (the last K of min(T, keep+PENDING)).
- * One fixed order over i, so row-invariant. */
-void conv1d_forward(real *y, real *cache, const real *x, const float *w, const float *bias, Rows rows, int silu, size_t B,
-                    size_t T, size_t X, size_t D, size_t N, size_t W, size_t K);
+ * for each of n <= CONV_PARTS parts that share rows. With a cache (all parts or none), K >= W-1+PENDING, tokens before pos come from
+ * it, and this call's x is written to it after it has been read (the last K of min(T, keep+PENDING)). One fixed order over i, so
+ * row-invariant; on a GPU the parts are one launch. */
+enum { CONV_PARTS = 3 };
+typedef struct {
+  real *y, *cache;       /* (B,T,D)  (S,K,X) of raw inputs or NULL */
+  const real *x;         /* (B,T,X) */
+  const float *w, *bias; /* (D,W)  (D) or NULL */
+  size_t X, D;
+} ConvPart;
+void conv1d_forward(const ConvPart *part, int n, Rows rows, int silu, size_t B, size_t T, size_t N, size_t W, size_t K);
 /* Without a cache; prev[t] in {t-1, -2}. dx =, dw +=, dbias +=. */
 void conv1d_backward(real *dx, float *dw, float *dbias, const real *dy, const real *x, const float *w, const float *bias,
                      Rows rows, int silu, size_t B, size_t T, size_t X, size_t D, size_t N, size_t W);

@@ -61,8 +61,8 @@ ROW(attention_backward,
         whole(6, 0), n['b'], n['t'], n['h'], n['g'], n['p']))
 ROW(conv1d_forward, "x:btx w%:dw bias%?:d cache!?:slx silu@?:1 block@?:1 " STATEFUL " -> y:btd", "d%x w>0", 0,
     "Causal depthwise convolution along prev, then SiLU (silu, default 1). d > x: blocks of `block` channels are repeated.",
-    conv1d_forward(r(10), r(3), r(0), f(1), f(2), rows, (int)whole(4, 1), n['b'], n['t'], n['x'], n['d'],
-                        whole(5, 1), n['w'], n['l']))
+    conv1d_forward(&(ConvPart){r(10), r(3), r(0), f(1), f(2), n['x'], n['d']}, 1, rows, (int)whole(4, 1), n['b'], n['t'],
+                   whole(5, 1), n['w'], n['l']))
 ROW(conv1d_backward, "dy:btd x:btx w%:dw bias%?:d dw%!?:dw dbias%!?:d silu@?:1 block@?:1 prev@?:bt -> dx:btx", "d%x w>0", 0,
     "Gradients of conv1d_forward without a cache: dx =, dw +=, dbias +=.",
     conv1d_backward(r(9), f(4), f(5), r(0), r(1), f(2), f(3), rows, (int)whole(6, 1), n['b'], n['t'], n['x'], n['d'],

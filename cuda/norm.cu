@@ -109,9 +109,10 @@ template <int LANES, int KEPT, bool GATED>
 __global__ void __launch_bounds__(THREADS, blocks_forward(KEPT, GATED)) norm_rows(Norm n) {
   Team<LANES, KEPT> t(n);
   typename Team<LANES, KEPT>::Columns weights;
-  wait_for_previous_kernel();
   const float *w = n.w + t.head * n.C;
   t.keep_weights(weights, w);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   int turn = 0;
   for (size_t m = t.first; m < n.M; m += t.step, turn ^= 1) {
     t.alive = t.exists && m + t.beside < n.M;

@@ -279,14 +279,17 @@ template <int L> struct Sources {
       }
     }
   }
-  /* Positions at .. at+n of row b. */
-  __device__ void fetch(uint4 (*raw)[F::PIECES], const Scan &s, const Past &p, int b, int at, int n) const {
+  /* Positions at .. at+n of row b: those that the ring has, and the call's. */
+  __device__ void fetch_ring(uint4 (*raw)[F::PIECES], const Past &p, int at, int n) const {
     const int replayed = min(max(p.pos - at, 0), n), lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int i = 0, place = at % RING_ROWS; i < replayed; i++, place = place + 1 < RING_ROWS ? place + 1 : 0)
 #pragma unroll
       for (int k = 0; k < F::COUNT; k++)
         if (ring[k]) cp_async_16(&raw[i][k * 32 + lane], ring[k] + (ptrdiff_t)(p.slot * RING_ROWS + place) * ring_stride[k]);
+  }
+  __device__ void fetch_call(uint4 (*raw)[F::PIECES], const Scan &s, const Past &p, int b, int at, int n) const {
+    const int replayed = min(max(p.pos - at, 0), n), lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int i = replayed, row = b * (int)s.T + at - p.pos; i < n; i++)
 #pragma unroll
@@ -295,16 +298,19 @@ template <int L> struct Sources {
   }
 };
 
+/* The decay of state e of four, 2^w for w <= 0. The exp units are what this waits for: one of four is a polynomial (scan.cuh), the
+ * same one wherever a token is met. */
+__device__ static inline float few_decay(int e, float w) { return sizeof(real) == 2 && e == 3 ? exp2_polynomial<4>(w) : exp2_approx(w); }
 /* S = 2^(d A) S + u B */
 template <int ST>
 __device__ static inline void advance(float (&S)[ST], float d, float u, const float (&A)[ST], const float *B) {
 #pragma unroll
   for (int e = 0; e < ST; e += 4) {
     const float4 q = *(const float4 *)(B + e);
-    S[e] = fmaf(exp2_approx(__fmul_rn(d, A[e])), S[e], __fmul_rn(u, q.x));
-    S[e + 1] = fmaf(exp2_approx(__fmul_rn(d, A[e + 1])), S[e + 1], __fmul_rn(u, q.y));
-    S[e + 2] = fmaf(exp2_approx(__fmul_rn(d, A[e + 2])), S[e + 2], __fmul_rn(u, q.z));
-    S[e + 3] = fmaf(exp2_approx(__fmul_rn(d, A[e + 3])), S[e + 3], __fmul_rn(u, q.w));
+    S[e] = fmaf(few_decay(0, __fmul_rn(d, A[e])), S[e], __fmul_rn(u, q.x));
+    S[e + 1] = fmaf(few_decay(1, __fmul_rn(d, A[e + 1])), S[e + 1], __fmul_rn(u, q.y));
+    S[e + 2] = fmaf(few_decay(2, __fmul_rn(d, A[e + 2])), S[e + 2], __fmul_rn(u, q.z));
+    S[e + 3] = fmaf(few_decay(3, __fmul_rn(d, A[e + 3])), S[e + 3], __fmul_rn(u, q.w));
   }
 }
 /* sum_n C S: of four states each, (0 + 1) + (2 + 3), in registers or across lanes. */
@@ -347,8 +353,6 @@ template <int L, bool TREE> static __global__ void __launch_bounds__(L == 1 ? 25
   const bool keeps_B = own_B && s.ring.x && lane < F::VALUES && c0 % STATES == 0 && block * STATES < s.D && block % rep == 0;
   real *const ring_B = s.ring.B + block / rep * STATES + lane % STATES, *const ring_x = s.ring.x + c;
   float *const ring_dt = s.ring.dt + c;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
 
   const int rows = (int)((s.B - blockIdx.y + gridDim.y - 1) / gridDim.y);
   Past all = {};
@@ -368,9 +372,12 @@ template <int L, bool TREE> static __global__ void __launch_bounds__(L == 1 ? 25
 
   Past p = past(0);
   int buffer = 0;
-  sources.fetch(m.raw[0], s, p, row_of(0), p.begin, piece_of(p, p.begin));
-  cp_async_commit();
+  sources.fetch_ring(m.raw[0], p, p.begin, piece_of(p, p.begin)); /* what the State keeps is older than the kernel before */
   load_state(p);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  sources.fetch_call(m.raw[0], s, p, row_of(0), p.begin, piece_of(p, p.begin));
+  cp_async_commit();
   for (int r = 0; r < rows; r++) {
     const int b = row_of(r);
     Past next = p;
@@ -381,7 +388,10 @@ template <int L, bool TREE> static __global__ void __launch_bounds__(L == 1 ? 25
       const bool last = at + n >= p.pos + run, more = !last || r + 1 < rows;
       if (last && more) next = past(r + 1);
       const int next_at = last ? next.begin : at + n;
-      if (more) sources.fetch(m.raw[buffer ^ 1], s, next, row_of(r + last), next_at, piece_of(next, next_at));
+      if (more) {
+        sources.fetch_ring(m.raw[buffer ^ 1], next, next_at, piece_of(next, next_at));
+        sources.fetch_call(m.raw[buffer ^ 1], s, next, row_of(r + last), next_at, piece_of(next, next_at));
+      }
       if (last && more) load_state(next);
       cp_async_commit();
       cp_async_wait<1>();

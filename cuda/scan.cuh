@@ -60,14 +60,22 @@ __device__ static inline float rate(float A_log) { return -exp2_approx(__fmul_rn
  * few of the exps as polynomials (as in FlashAttention-4) keep both busy. 2^r, |r| <= 1/2, is 1 + r q(r): the error vanishes
  * with r, so slow decays stay slow; relative to the rate it is 3e-4 (degree 3) or 1e-5 (4). */
 __device__ static inline float decay_limit(float A) { return -126.0f / A; }
-template <int DEGREE> __device__ static inline float decay_polynomial(float d, float A, float limit) {
-  const float c = fminf(d, limit), m = fmaf(c, A, 12582912.0f), r = fmaf(c, A, -__fadd_rn(m, -12582912.0f));
+/* (1 + r q(r)) 2^m, m in the low bits of `shifted` */
+template <int DEGREE> __device__ static inline float exp2_parts(float shifted, float r) {
   float p;
   if (DEGREE == 3) p = fmaf(r, fmaf(r, 5.5922091e-2f, 2.42035821e-1f), 6.93126261e-1f);
   if (DEGREE == 4) p = fmaf(r, fmaf(r, fmaf(r, 9.67604388e-3f, 5.58383577e-2f), 2.40221679e-1f), 6.93136752e-1f);
   static_assert(DEGREE == 3 || DEGREE == 4, "");
-  const unsigned bits = __float_as_uint(fmaf(r, p, 1.0f));
-  return __uint_as_float(bits + (__float_as_uint(m) << 23)); /* m's low bits are the integer part */
+  return __uint_as_float(__float_as_uint(fmaf(r, p, 1.0f)) + (__float_as_uint(shifted) << 23));
+}
+template <int DEGREE> __device__ static inline float decay_polynomial(float d, float A, float limit) {
+  const float c = fminf(d, limit), m = fmaf(c, A, 12582912.0f);
+  return exp2_parts<DEGREE>(m, fmaf(c, A, -__fadd_rn(m, -12582912.0f)));
+}
+/* 2^w, w <= 0 */
+template <int DEGREE> __device__ static inline float exp2_polynomial(float w) {
+  const float c = fmaxf(w, -126.0f), m = __fadd_rn(c, 12582912.0f);
+  return exp2_parts<DEGREE>(m, __fadd_rn(c, -__fadd_rn(m, -12582912.0f)));
 }
 
 /* ---- loads and stores of a few neighbours -------------------------------------------------------------------------------- */

@@ -21,6 +21,7 @@ struct Ssd {
   const float *A_log, *Dskip, *dt_bias;
   Rows rows;
   int B, T, H, G, P, N;
+  int b0;             /* the first row of the batch in this launch (few tokens) */
   int p0, n0;         /* where this launch's tile of the state starts */
   int slices, parts;  /* blocks along P; segments of the forward */
   int chunks;         /* at most, of a row */
@@ -302,7 +303,24 @@ static __device__ inline void make_decay(Decay *k, const Steps &v, int n, float 
   if (lane == 31) k->last = final < 0 ? exp2_approx((float)total) : 0;
 }
 
+/* One body, so that d has the same bits in a call and in the ring. */
+static __device__ __noinline__ float ssd_step(float dt) { return softplus(dt); }
+
 static __device__ inline float log2_decay(const Ssd &s, int h) { return exp_(s.A_log[h]) * 1.44269504f; }
+
+/* What a block works on, in shared memory: registers are dear. */
+struct Where {
+  Block k;
+  Place p;
+  Chunks all;
+  float A2, left; /* left: of a state after a segment */
+  __device__ void find(const Ssd &s, int parts) {
+    if (threadIdx.x == 0) {
+      k = block_of(s, parts), p = place(s, k.b), all = chunks_of(s, p), A2 = log2_decay(s, k.h), left = 1;
+    }
+    __syncthreads();
+  }
+};
 
 /* L[t,s] of tokens s, s+1, even s, for one t */
 struct alignas(2 * sizeof(log_t)) Two {
@@ -384,23 +402,26 @@ static __device__ inline void update(float (&S)[MT][NT / 8][4], float last, cons
  * forward (dy NULL): over segment `part`, from its start or from zero: `starts` of the next segment and its `decays`;
  * backward, part 0: the state before every chunk; part 1: the cotangent of the state after every chunk, in reverse, by the same
  * recurrence: dS = e_last dS + sum_t e_t dy_t C_t^T. */
-template <bool FAST, int NT> static __global__ void __launch_bounds__(WALK_THREADS, 3) walk(Ssd s, int parts, int part_chunks) {
+template <bool FAST, int NT>
+static __global__ void __launch_bounds__(WALK_THREADS, FAST && sizeof(real) == 2 ? 4 : 3) walk(Ssd s, int parts, int part_chunks) {
   DYNAMIC_SHARED(real, stages);
   __shared__ Decay decay[2];
+  __shared__ Where where;
   constexpr int X_TILE = Q * WALK_ROWS, STAGE = X_TILE + Q * NT;
   const int warp = threadIdx.x / 32;
+  where.find(s, parts);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const Block k = block_of(s, parts);
-  const Place p = place(s, k.b);
-  const Chunks all = chunks_of(s, p);
+  const Block &k = where.k;
+  const Place &p = where.p;
+  const Chunks &all = where.all;
   const bool back = s.dy && k.part, forward = !s.dy;
   const int p0 = s.p0 + k.slice * WALK_ROWS, rows = min((int)WALK_ROWS, s.P - p0), cols = min(NT, s.N - s.n0);
   const int begin = forward && k.part ? k.part * part_chunks : all.first, end = forward ? min((k.part + 1) * part_chunks, all.count) : all.count;
   if (begin >= end) return;
-  const size_t head = (size_t)k.b * s.H + k.h, tile = ((size_t)p.slot * s.H + k.h) * s.P * s.N + (size_t)p0 * s.N + s.n0;
-  float *start = s.starts + (head * s.parts + k.part) * s.P * s.N + (size_t)p0 * s.N + s.n0;
-  const float A2 = log2_decay(s, k.h);
+  const unsigned head = k.b * s.H + k.h;
+  auto tile = [&] { return ((size_t)p.slot * s.H + k.h) * s.P * s.N + (size_t)p0 * s.N + s.n0; };
+  auto start = [&](int part) { return s.starts + ((size_t)head * s.parts + part) * s.P * s.N + (size_t)p0 * s.N + s.n0; };
 
   auto at_step = [&](int i) { return back ? end - 1 - i : begin + i; };
   auto load_chunk = [&](int i) {
@@ -418,10 +439,10 @@ template <bool FAST, int NT> static __global__ void __launch_bounds__(WALK_THREA
     return load_steps(s, source(s, p, all, c, k.b), c, k.h);
   };
 
-  float S[1][NT / 8][4] = {}, total = 1;
-  if (!back && s.state && !(forward && k.part)) add_state<FAST, 1, NT>(S, 0, s.state + tile, s.N, rows, cols);
+  float S[1][NT / 8][4] = {};
+  if (!back && s.state && !(forward && k.part)) add_state<FAST, 1, NT>(S, 0, s.state + tile(), s.N, rows, cols);
   load_chunk(0);
-  if (warp == 0) make_decay(decay, steps_of(0), chunk_at(s, all, at_step(0)).n, A2);
+  if (warp == 0) make_decay(decay, steps_of(0), chunk_at(s, all, at_step(0)).n, where.A2);
   for (int i = 0; i < end - begin; i++) {
     const int c = at_step(i);
     const Chunk now = chunk_at(s, all, c);
@@ -433,8 +454,8 @@ template <bool FAST, int NT> static __global__ void __launch_bounds__(WALK_THREA
     __syncthreads();
     if (more) load_chunk(i + 1);
     if (mine) ahead = steps_of(i + 1);
-    if (back && s.dstate && now.at + now.n == all.stop) add_state<FAST, 1, NT>(S, 1, s.dstate + tile, s.N, rows, cols);
-    if (forward && c == 0 && !k.part && s.state) write_state<FAST, 1, NT>(start, S, s.N, rows, cols);
+    if (back && s.dstate && now.at + now.n == all.stop) add_state<FAST, 1, NT>(S, 1, s.dstate + tile(), s.N, rows, cols);
+    if (forward && c == 0 && !k.part && s.state) write_state<FAST, 1, NT>(start(0), S, s.N, rows, cols);
     if (!forward) {
       real *to = s.tiles + (((size_t)k.part * s.B * s.H + head) * s.chunks + c) * s.slices * WALK_ROWS * NT + (size_t)k.slice * WALK_ROWS * NT;
       const int lane = threadIdx.x % 32;
@@ -449,16 +470,16 @@ template <bool FAST, int NT> static __global__ void __launch_bounds__(WALK_THREA
         }
     }
     if (forward || more || (back && s.dstate)) update<1, NT, WALK_ROWS>(S, d->last, X, X + X_TILE, back ? d->e : d->wd, now.n);
-    if (c >= 0) total *= d->last;
-    if (c < 0 && now.at + now.n == all.cut) write_state<FAST, 1, NT>(s.state + tile, S, s.N, rows, cols);
-    if (mine) make_decay(decay + ((i + 1) & 1), ahead, chunk_at(s, all, at_step(i + 1)).n, A2);
+    if (threadIdx.x == 0 && c >= 0) where.left *= d->last;
+    if (c < 0 && now.at + now.n == all.cut) write_state<FAST, 1, NT>(s.state + tile(), S, s.N, rows, cols);
+    if (mine) make_decay(decay + ((i + 1) & 1), ahead, chunk_at(s, all, at_step(i + 1)).n, where.A2);
   }
   if (forward) {
-    write_state<FAST, 1, NT>(start + (size_t)s.P * s.N, S, s.N, rows, cols);
-    if (threadIdx.x == 0 && !k.slice && !s.n0) s.decays[head * s.parts + k.part] = total;
+    write_state<FAST, 1, NT>(start(k.part + 1), S, s.N, rows, cols);
+    if (threadIdx.x == 0 && !k.slice && !s.n0) s.decays[(size_t)head * s.parts + k.part] = where.left;
   } else if (back && s.dstate) {
-    if (!all.stop) add_state<FAST, 1, NT>(S, 1, s.dstate + tile, s.N, rows, cols);
-    write_state<FAST, 1, NT>(s.dstate + tile, S, s.N, rows, cols);
+    if (!all.stop) add_state<FAST, 1, NT>(S, 1, s.dstate + tile(), s.N, rows, cols);
+    write_state<FAST, 1, NT>(s.dstate + tile(), S, s.N, rows, cols);
   }
 }
 
@@ -466,6 +487,9 @@ template <bool FAST, int NT> static void run_walk(const Ssd &s, int parts, int p
   const size_t shared = 2 * (Q * WALK_ROWS + Q * NT) * sizeof(real);
   LAUNCH_EARLY((walk<FAST, NT>), (unsigned)((size_t)s.B * parts * s.H * s.slices), WALK_THREADS, shared, s, parts, part_chunks);
 }
+
+/* ssd_few.cu: a call with a State of at most PENDING tokens. */
+void ssd_few(Ssd s);
 
 /* Whether every row of every array starts at a 16-byte piece and holds whole ones. */
 template <class... A> static bool all_vectors(size_t P, size_t N, A *...arrays) {

@@ -390,6 +390,7 @@ STREAMS = [
     ("selective_scan", "the released shape, small", dict(J=2, rep=2, N=16)),
     ("ssd", "odd", dict(H=6, G=2, P=10, N=7)),
     ("ssd", "a group a head", dict(H=2, G=2, P=16, N=32)),
+    ("ssd", "whole vectors, tiles in turn", dict(H=8, G=2, P=64, N=64)),
 ]
 SLOTS, LENGTH = 3, 150
 streams = pytest.mark.parametrize("op, reason, sizes", named(STREAMS))

@@ -1,5 +1,5 @@
-/* dev/scan.cu - the ladder of ../scan.cu, ../scan_backward.cu and ../conv1d.cu: what is left open in them as template
- * arguments, each against the others, then the ops. From the repository's root:
+/* scan.cu - the ladder of ../scan.cu and ../scan_backward.cu: what is left open in them as template arguments,
+ * each against the others, then the ops. From the repository's root:
  *
  *   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DMIL_CUDA=1 -DMIL_BF16=1 \
  *        -Icsrc -Icuda cuda/dev/scan.cu -o scan && ./scan
@@ -8,7 +8,6 @@
  * multiprocessor at 1.75 GHz. error: of y (dx) against the first rung's, in norm, over the first million. */
 #include "../scan.cu"
 #include "../scan_backward.cu"
-#include "../conv1d.cu"
 #include "device.cuh"
 
 constexpr double BYTES = 4.25e6, EXPS = 16 * 132 * 1.75e3; /* a us */
@@ -191,43 +190,6 @@ static void scan_few(size_t B, size_t T, size_t D, size_t J, int accepted, size_
       floor);
 }
 
-/* ---- convolution --------------------------------------------------------------------------------------------------------- */
-
-static void conv(size_t B, size_t T, size_t X, size_t rep) {
-  char name[96];
-  const size_t D = X * rep;
-  const real *x = even<real>(B * T * X), *dy = even<real>(B * T * D);
-  real *y = even<real>(B * T * D), *dx = even<real>(B * T * X);
-  const float *w = even<float>(D * WIDTH), *bias = even<float>(D);
-  float *dw = even<float>(D * WIDTH), *dbias = even<float>(D);
-  const double in = 2.0 * B * T * X, out = 2.0 * B * T * D;
-  snprintf(name, sizeof name, "conv forward: B %zu, T %zu, %zu -> %zu channels", B, T, X, D);
-  row(name, time_us([&] { conv1d_forward(y, nullptr, x, w, bias, Rows{}, 1, B, T, X, D, STATES, WIDTH, 0); }),
-      (in + out) / BYTES);
-  for (size_t run = 16; T > 16 && run <= 64; run *= 2) {
-    Conv s = conv_of(x, w, bias, Rows{}, 1, B, T, X, D, STATES, WIDTH, 0);
-    s.y = y, s.run = run;
-    snprintf(name, sizeof name, "  %zu tokens a thread", run);
-    row(name,
-        time_us([&] { LAUNCH((slide<REALS_16, true>), B * ceil_div(T, run) * ceil_div(D / REALS_16, 128), 128, 0, s, false); }),
-        (in + out) / BYTES);
-  }
-  snprintf(name, sizeof name, "conv backward: B %zu, T %zu, %zu -> %zu channels", B, T, X, D);
-  row(name, time_us([&] { conv1d_backward(dx, dw, dbias, dy, x, w, bias, Rows{}, 1, B, T, X, D, STATES, WIDTH); }),
-      (2 * in + out) / BYTES);
-}
-static void conv_decode(size_t B, size_t X, size_t rep) {
-  char name[96];
-  const size_t D = X * rep, K = WIDTH - 1 + PENDING;
-  const real *x = even<real>(B * X);
-  real *y = even<real>(B * D), *cache = even<real>(B * K * X);
-  const float *w = even<float>(D * WIDTH), *bias = even<float>(D);
-  const Rows rows = {nullptr, nullptr, nullptr, ints(std::vector<int32_t>(B, 100)), nullptr, nullptr};
-  snprintf(name, sizeof name, "conv decode: B %zu, %zu -> %zu channels", B, X, D);
-  row(name, time_us([&] { conv1d_forward(y, cache, x, w, bias, rows, 1, B, 1, X, D, STATES, WIDTH, K); }, 1, 32),
-      (2.0 * B * (5 * X + D) + 20.0 * D) / BYTES);
-}
-
 static __global__ void nothing(int) { wait_for_previous_kernel(); }
 
 int main() {
@@ -241,10 +203,5 @@ int main() {
   scan_few(256, 1, 4096, 64, 1, 4);
   for (size_t B : {1, 64}) scan_few(B, 5, 4096, 64, 3, 1);
   scan_few(64, 5, 4096, 64, 3, 8);
-  printf("\nconvolution, width 4\n");
-  conv(8, 2048, 6144, 1);
-  conv(8, 2048, 1024, 4);
-  conv(1, 2048, 6144, 1);
-  for (size_t B : {1, 256}) conv_decode(B, 1024, 4);
   return 0;
 }
