@@ -98,6 +98,7 @@ namespace emulator {
 void submit(std::function<void()> work); /* now, or into the graph that is being captured */
 cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
 void barrier();                                  /* of the block */
+void barrier(int id, int count);                 /* of `count` of its threads */
 void warp_barrier(unsigned mask);
 void *warp_slot(int lane, int parity);           /* 256 bytes a lane, twice */
 int warp_turn();                                 /* 0 or 1, changes with each exchange of this thread */
