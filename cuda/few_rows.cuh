@@ -67,17 +67,25 @@ __device__ static inline float inverse_rms(const float *sum_of_warp, float eps, 
   return 1.0f / sqrtf(sum / (float)K + eps);
 }
 
+/* 8 elements of a row from k on, zeros from K on. whole: 16 bytes of bf16. */
+__device__ static inline void read_chunk(float (&v)[8], const real *row, size_t k, size_t K, bool whole) {
+  if (whole) return load_16(v, (const bf16 *)(const void *)(row + k));
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = k + i < K ? load(row + k + i) : 0;
+}
+
 /* y = rmsnorm(x) w.   x, y (M,K) */
 static __global__ void __launch_bounds__(THREADS)
     norm_rows(real *y, const real *x, const float *w, float eps, size_t M, size_t K) {
   __shared__ float sums[PARTS];
+  const bool whole = sizeof(real) == 2 && K % 8 == 0 && aligned_16(x) && aligned_16(y);
+  let_next_kernel_start(); /* it has weights to fetch while this one and the one before end */
   wait_for_previous_kernel();
-  let_next_kernel_start();
   for (size_t m = blockIdx.x; m < M; m += gridDim.x) {
     const real *row = x + m * K;
     float sum = 0, v[8];
     for (size_t k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
-      for (int i = 0; i < 8; i++) v[i] = k + i < K ? load(row + k + i) : 0;
+      read_chunk(v, row, k, K, whole);
       sum = add_squares(sum, v);
     }
     sum = warp_sum(sum);
@@ -85,7 +93,15 @@ static __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     const float scale = inverse_rms(sums, eps, K);
-    for (size_t k = threadIdx.x; k < K; k += THREADS) store(y + m * K + k, load(row + k) * scale * w[k]);
+    for (size_t k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
+      read_chunk(v, row, k, K, whole);
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[i] = k + i < K ? v[i] * scale * w[k + i] : 0;
+      if (whole)
+        store_16((bf16 *)(void *)(y + m * K + k), v);
+      else
+        for (int i = 0; i < 8 && k + i < K; i++) store(y + m * K + k + i, v[i]);
+    }
   }
 }
 

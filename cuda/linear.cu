@@ -1,5 +1,5 @@
-/* linear.cu - y = x W^T and its backward; embedding. Few tokens: few_rows.cuh, row_tiles.cuh; many: cuBLASLt. What looks at a matrix's dtype
- * while it computes is here. */
+/* linear.cu - y = x W^T and its backward; embedding. Few tokens: few_rows.cuh, row_tiles.cuh; many: cuBLASLt. What looks at a
+ * matrix's dtype while it computes is here. */
 #include "row_tiles.cuh"
 
 /* ---- few tokens ---------------------------------------------------------------------------------------------------------- */
@@ -15,7 +15,7 @@ static size_t shared_limit() {
 }
 
 /* Products' units of 8 outputs, one behind the other; a gated pair has those of one product. */
-static unsigned find_units(Few *c, bool gated) {
+[[maybe_unused]] static unsigned find_units(Few *c, bool gated) {
   size_t units = 0;
   for (int i = 0; i < c->n; i++) {
     c->first[i] = (unsigned)units;
@@ -33,7 +33,7 @@ struct Shape {
   size_t shared;
 };
 constexpr int TILE = 4; /* units of a tile */
-static Shape choose(const Few &c, bool gated) {
+[[maybe_unused]] static Shape choose(const Few &c, bool gated) {
   const int cols = c.M > 8 ? 2 : 1;
   for (bool staged : {true, false})
     for (int depth : {6, 4}) {
@@ -114,19 +114,21 @@ struct Tiled {
 };
 static size_t outputs_tiles(const Tiling &t, size_t units) { return ceil_div(units, 2 * t.mmas); }
 static size_t row_tiles_of(const Tiling &t, size_t M) { return ceil_div(M, rows_of(t.cols, t.par)); }
-static size_t parts_bytes(const Tiled &t, size_t units, size_t M) {
+[[maybe_unused]] static size_t parts_bytes(const Tiled &t, size_t units, size_t M) {
   const size_t tiles = outputs_tiles(*t.tiling, units) * row_tiles_of(*t.tiling, M);
   return t.splits > 1 ? tiles * PARTS * 16 * t.tiling->mmas * rows_of(t.tiling->cols, t.tiling->par) * sizeof(float) : 0;
 }
 
-/* Clocks that a call takes, roughly: a multiprocessor gets some 40 bytes a clock while it fetches W and x, and does some 1800
+/* Clocks that a call takes, roughly: a multiprocessor gets some 32 bytes a clock while it fetches W and x, and does some 1800
  * FLOPs a clock; sums in scratch travel at some 48. */
-static double clocks(const Tiling &t, unsigned splits, size_t units, size_t M, size_t K) {
-  const double outs = 16 * t.mmas, rows = rows_of(t.cols, t.par), parts = splits > 1 ? 8 * outs * rows * sizeof(float) / 48 : 0;
+[[maybe_unused]] static double clocks(const Tiling &t, unsigned splits, size_t units, size_t M, size_t K) {
+  const double outs = 16 * t.mmas, rows = rows_of(t.cols, t.par);
+  const double parts = splits > 1 ? PARTS * outs * rows * sizeof(float) / 48 : 0;
   const size_t items = outputs_tiles(t, units) * splits * row_tiles_of(t, M);
-  const double bytes = 2 * (outs + (rows < M ? rows : M)) / 40, flops = 2 * outs * rows / 1800;
+  const double bytes = 2 * (outs + (rows < M ? rows : M)) / 32, flops = 2 * outs * rows / 1800;
   const double memory = 2.0 * 8 * units * K / 2400; /* all of W, once */
-  const double work = ceil_div(items, multiprocessors()) * (K / splits * (bytes > flops ? bytes : flops) + 1500 + outs * rows / 8);
+  const double item = (double)K / splits * (bytes > flops ? bytes : flops) + 1500 + outs * rows / 8;
+  const double work = ceil_div(items, multiprocessors()) * item;
   return (work > memory ? work : memory) + work / 16 + parts;
 }
 template <class R> static Tiled choose_tiles(size_t units, size_t M, size_t K, bool aligned) {
@@ -142,7 +144,7 @@ template <class R> static Tiled choose_tiles(size_t units, size_t M, size_t K, b
 }
 
 /* The products of c as row_tiles takes them. */
-static Tiles find_tiles(const Few &c, bool gated) {
+[[maybe_unused]] static Tiles find_tiles(const Few &c, bool gated) {
   Tiles all = {};
   const size_t vector = c.how & FLOATS ? 4 : 8;
   size_t units = 0;
@@ -155,7 +157,7 @@ static Tiles find_tiles(const Few &c, bool gated) {
   return all;
 }
 
-static void run_tiles(Tiles c, const Tiled &t) {
+[[maybe_unused]] static void run_tiles(Tiles c, const Tiled &t) {
   c.along = (unsigned)row_tiles_of(*t.tiling, c.M), c.splits = t.splits;
   c.items = (unsigned)outputs_tiles(*t.tiling, c.first[c.n]) * c.along * c.splits;
   t.tiling->start(c, blocks_for(c.items, 1, multiprocessors()), t.tiling->shared);

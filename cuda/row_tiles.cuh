@@ -15,8 +15,8 @@
 #define MIL_ROW_TILES_CUH
 #include "few_rows.cuh"
 
-/* Outputs are counted in units of 8. Products stand one behind the other; of a gated pair gate and up alternate, in one
- * product's place. A tile may have units of several. */
+/* Outputs are counted in units of 8. Products stand one behind the other; of a gated pair gate and up alternate, in the place
+ * of one product. A tile may have units of several. */
 struct Tiles {
   Product p[MOST_PRODUCTS];
   unsigned first[MOST_PRODUCTS + 1]; /* a product's first unit; behind the last: how many there are */
@@ -30,8 +30,8 @@ struct Tiles {
 
 constexpr int share_of(int par) { return PARTS / par; }
 constexpr int rows_of(int cols, int par) { return 8 * cols * share_of(par); }
-constexpr size_t tile_bytes(int mmas, int cols, int par) { return (size_t)rows_of(cols, par) * (16 * mmas + 4) * sizeof(float); }
-constexpr size_t stage_bytes(int mmas, int cols, int par) { return (size_t)par * (16 * mmas + rows_of(cols, par)) * 64; }
+constexpr size_t tile_bytes(int mmas, int cols, int par) { return 4 * (size_t)rows_of(cols, par) * (16 * mmas + 4); }
+constexpr size_t stage_bytes(int mmas, int cols, int par) { return 64 * (size_t)par * (16 * mmas + rows_of(cols, par)); }
 constexpr size_t tiles_shared(int mmas, int cols, int par, int depth) {
   return tile_bytes(mmas, cols, par) + depth * stage_bytes(mmas, cols, par);
 }
@@ -114,7 +114,8 @@ __device__ static inline void read_8(float (&v)[8], const float *from) {
 }
 
 /* A tile's sums to y: rows m0 …, units first …; 8 outputs a thread at a time. */
-template <int UNITS> __device__ static void write_tile(const float *total, unsigned m0, unsigned first, unsigned rows, const Tiles &c) {
+template <int UNITS>
+__device__ static void write_tile(const float *total, unsigned m0, unsigned first, unsigned rows, const Tiles &c) {
   const unsigned each = c.gated ? 2 : 1, units = UNITS / each;
   for (unsigned i = threadIdx.x; i < rows * units; i += THREADS) {
     const unsigned m = i / units, u = i % units * each, unit = first + u;
@@ -143,7 +144,8 @@ template <int UNITS> __device__ static void write_tile(const float *total, unsig
 
 template <int MMAS, int COLS, int PAR, int DEPTH, bool ALIGNED>
 static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_constant__ Tiles c) {
-  constexpr int SHARE = share_of(PAR), OUTS = 16 * MMAS, ROWS = rows_of(COLS, PAR), STRIDE = OUTS + 4, STAGE = (OUTS + ROWS) * 4;
+  constexpr int SHARE = share_of(PAR), OUTS = 16 * MMAS, ROWS = rows_of(COLS, PAR);
+  constexpr int STRIDE = OUTS + 4, STAGE = (OUTS + ROWS) * 4;
   constexpr int STEP = 8 * SHARE, COPIES = (OUTS + STEP - 1) / STEP; /* rows that the group copies at a time; of W: how often */
   constexpr unsigned FRAGMENTS = SHARE * MMAS * COLS;                 /* of a tile: 16 x 8 each */
   DYNAMIC_SHARED(uint4, shared);
@@ -216,7 +218,8 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
 
   unsigned now = 0; /* in the ring */
   for (unsigned item = blockIdx.x; item < c.items; item += gridDim.x) {
-    const unsigned each = PARTS / c.splits, split = item / c.along % c.splits, tile = item / c.along / c.splits * c.along + item % c.along;
+    const unsigned each = PARTS / c.splits, split = item / c.along % c.splits;
+    const unsigned tile = item / c.along / c.splits * c.along + item % c.along;
     if (item + gridDim.x >= c.items) let_next_kernel_start();
     for (unsigned phase = 0; phase < each; phase += PAR) {
       const unsigned part = split * each + phase + slot, stages = 2 * units_of_part(c.K, part);
@@ -225,14 +228,14 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
         cp_async_wait<DEPTH - 2>();
         group_barrier(1 + slot, 32 * SHARE); /* the group's copies are there, and it has read the stage that is filled next */
         const unsigned free = now ? now - 1 : DEPTH - 1;
-        fetch_w(free, at);
-        fetch_x(free, at);
-        cp_async_commit();
-        if (next(at)) find_w(at), find_x(at);
         const uint4 *const ws = ring + now * STAGE + lane, *const xs = ws + (OUTS + share * COLS * 8) * 4;
         uint4 b[COLS];
 #pragma unroll
         for (int n = 0; n < COLS; n++) b[n] = xs[32 * n];
+        fetch_w(free, at);
+        fetch_x(free, at);
+        cp_async_commit();
+        if (next(at)) find_w(at), find_x(at);
 #pragma unroll
         for (int i = 0; i < MMAS; i++) {
           const uint4 low = ws[64 * i], high = ws[64 * i + 32];

@@ -1,10 +1,10 @@
-/* dev/linear.cu - times linear layers of few tokens and their tiles, and compares bits with those of a row alone. From the root:
+/* dev/linear.cu - times linear layers of few tokens and their tiles, and compares bits with a row alone. From the root:
  *
  *   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DMIL_CUDA=1 -DMIL_GPU=1 -DMIL_BF16=1 \
  *     -Icsrc -Icuda cuda/dev/linear.cu -o linear && ./linear
  *
- * A graph of calls, one behind the other, each with other weights, so that the L2 holds none of them; the time of one call. TB/s
- * are those of the weights. An argument: how many rows to time alone, with every tiling that is not hopeless. */
+ * A graph of calls, one behind the other, each with other weights, so that the L2 holds none of them; the time of one call.
+ * TB/s are those of the weights. An argument: how many rows to time alone, with every tiling that is not hopeless. */
 #include "../act.cu"
 #include "../linear.cu"
 
@@ -50,7 +50,9 @@ void *device_scratch(size_t bytes) {
   return scratch;
 }
 void device_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, stream())); }
-void gemm(void *, int, size_t, const void *, size_t, int, const void *, size_t, int, int, int, size_t, size_t, size_t) { abort(); }
+void gemm(void *, int, size_t, const void *, size_t, int, const void *, size_t, int, int, int, size_t, size_t, size_t) {
+  abort(); /* few tokens do without */
+}
 
 /* ---- data ---------------------------------------------------------------------------------------------------------------- */
 
@@ -219,8 +221,9 @@ static void time_tilings(const Layer &l, size_t M) {
       const double us = timed(l.sets(), run);
       l.clear(l.y);
       run(0);
-      printf("  %c %3d x %3d, %d parts at once, %d splits, %5zu items, %5.1f us expected", &t == chosen.tiling && splits == chosen.splits ? '*' : ' ',
-             16 * t.mmas, rows_of(t.cols, t.par), t.par, splits, tiles * splits, predicted / 1700);
+      printf("  %c %3d x %3d, %d parts at once, %d splits, %5zu items, %5.1f us expected",
+             &t == chosen.tiling && splits == chosen.splits ? '*' : ' ', 16 * t.mmas, rows_of(t.cols, t.par), t.par, splits,
+             tiles * splits, predicted / 1700);
       print(l, M, us, l.differ(M));
     }
 }
@@ -248,9 +251,10 @@ static void time_decoder_layer(const std::vector<size_t> &rows) {
   };
   std::vector<Weights> layers(2);
   auto matrix = [](size_t O, size_t K) { return Matrix{normal(O * K, 1 / sqrtf((float)K)), BFLOAT16}; };
-  for (Weights &w : layers) w = {matrix(C, C), matrix(E, C), matrix(E, C), matrix(C, C), matrix(F, C), matrix(F, C), matrix(C, F)};
-  real *h = normal(MOST_ROWS * C), *q = array<real>(MOST_ROWS * C), *k = array<real>(MOST_ROWS * E), *v = array<real>(MOST_ROWS * E);
-  real *act = array<real>(MOST_ROWS * F);
+  for (Weights &w : layers)
+    w = {matrix(C, C), matrix(E, C), matrix(E, C), matrix(C, C), matrix(F, C), matrix(F, C), matrix(C, F)};
+  real *h = normal(MOST_ROWS * C), *q = array<real>(MOST_ROWS * C);
+  real *k = array<real>(MOST_ROWS * E), *v = array<real>(MOST_ROWS * E), *act = array<real>(MOST_ROWS * F);
   const float *norm = ones(C);
   const double bytes = sizeof(real) * (2.0 * C * C + 2.0 * E * C + 3.0 * F * C);
   for (size_t M : rows) {
@@ -262,8 +266,8 @@ static void time_decoder_layer(const std::vector<size_t> &rows) {
       swiglu_linear_forward(act, h, norm, 1e-5f, w.gate, nullptr, w.up, nullptr, M, 1, C, F);
       linear_forward(h, act, w.down, nullptr, 1, M, 1, F, C);
     });
-    printf("a layer of the 8B shape, %4zu rows %9.1f us %5.2f TB/s %6.0f TFLOP/s; 32 of them %6.2f ms\n", M, us, bytes / us * 1e-6,
-           bytes * M / us * 1e-6, us * 32e-3);
+    printf("a layer of the 8B shape, %4zu rows %9.1f us %5.2f TB/s %6.0f TFLOP/s; 32 of them %6.2f ms\n", M, us,
+           bytes / us * 1e-6, bytes * M / us * 1e-6, us * 32e-3);
   }
   free_all();
 }
