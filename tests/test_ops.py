@@ -600,7 +600,7 @@ def test_trees_equal_chains(backend, op, reason, sizes):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("K, O", [(64, 64), (131, 67), (300, 5), (1304, 24)])
+@pytest.mark.parametrize("K, O", [(64, 64), (131, 67), (300, 5), (1304, 24), (72, 600)])
 def test_linear_of_few_tokens_is_row_invariant(backend, K, O, bf16):
     r = np.random.default_rng(1)
     args = backend.prepare("linear_forward", draw_linear(r, 7, 16, K, O, bf16=bf16))
@@ -617,8 +617,8 @@ def draw_products(r, B, T, K, O, norm, bf16):
                 bias=r.standard_normal(O), w2=matrix(r, bf16, O + 9, K), bias2=None)
 
 
-# K and O: one kernel or another, ends that are no whole unit or tile, several units a part
-PRODUCTS = pytest.mark.parametrize("K, O", [(64, 16), (131, 67), (1096, 40), (8, 3)])
+# K and O: one kernel or another, ends that are no whole unit or tile, several units a part, several tiles
+PRODUCTS = pytest.mark.parametrize("K, O", [(64, 16), (131, 67), (1096, 40), (8, 3), (520, 136)])
 
 
 @PRODUCTS
