@@ -3,9 +3,9 @@
  *
  * K is cut into units of 64; part p of PARTS = 8 has the units p, p + 8, p + 16, … A part is one chain of mma.m16n8k16 from
  * zero, unit after unit, W the operand a (16 outputs), x the operand b (8 rows); y is the sum of the parts from 0 on, in
- * order. Nothing but K enters this: both kernels here, in all their shapes, give a row the same bits. few_rows (at most 16
- * rows) gives each part a warp, so that a tile of 8 to 32 outputs has the whole block's loads in flight; row_tiles gives a
- * warp its outputs and rows and lets it do the parts one after the other, so that a block can share W and x.
+ * order. Nothing but K enters this: few_rows here (at most 16 rows) and row_tiles (row_tiles.cuh, more), in all their shapes,
+ * give a row the same bits. few_rows gives each part a warp, so that a tile of 8 to 32 outputs has the whole block's loads in
+ * flight.
  *
  * A lane 4g+j takes the 16 bytes k = 8j … 8j+7 of a slab of 32 k of row g: fragments of two products, k permuted alike in W
  * and x.
@@ -67,17 +67,25 @@ __device__ static inline float inverse_rms(const float *sum_of_warp, float eps, 
   return 1.0f / sqrtf(sum / (float)K + eps);
 }
 
+/* 8 elements of a row from k on, zeros from K on. whole: 16 bytes of bf16. */
+__device__ static inline void read_chunk(float (&v)[8], const real *row, size_t k, size_t K, bool whole) {
+  if (whole) return load_16(v, (const bf16 *)(const void *)(row + k));
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = k + i < K ? load(row + k + i) : 0;
+}
+
 /* y = rmsnorm(x) w.   x, y (M,K) */
 static __global__ void __launch_bounds__(THREADS)
     norm_rows(real *y, const real *x, const float *w, float eps, size_t M, size_t K) {
   __shared__ float sums[PARTS];
+  const bool whole = sizeof(real) == 2 && K % 8 == 0 && aligned_16(x) && aligned_16(y);
+  let_next_kernel_start(); /* it has weights to fetch while this one and the one before end */
   wait_for_previous_kernel();
-  let_next_kernel_start();
   for (size_t m = blockIdx.x; m < M; m += gridDim.x) {
     const real *row = x + m * K;
     float sum = 0, v[8];
     for (size_t k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
-      for (int i = 0; i < 8; i++) v[i] = k + i < K ? load(row + k + i) : 0;
+      read_chunk(v, row, k, K, whole);
       sum = add_squares(sum, v);
     }
     sum = warp_sum(sum);
@@ -85,7 +93,15 @@ static __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     const float scale = inverse_rms(sums, eps, K);
-    for (size_t k = threadIdx.x; k < K; k += THREADS) store(y + m * K + k, load(row + k) * scale * w[k]);
+    for (size_t k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
+      read_chunk(v, row, k, K, whole);
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[i] = k + i < K ? v[i] * scale * w[k + i] : 0;
+      if (whole)
+        store_16((bf16 *)(void *)(y + m * K + k), v);
+      else
+        for (int i = 0; i < 8 && k + i < K; i++) store(y + m * K + k + i, v[i]);
+    }
   }
 }
 
@@ -359,104 +375,6 @@ static __global__ void __launch_bounds__(THREADS, 1) few_rows(const __grid_const
     finish_tile(acc, part, out, c);
   }
   cp_async_wait<0>();
-}
-
-/* ---- more rows, and any alignment: a block a tile, a warp its part of the tile ------------------------------------------- */
-
-constexpr size_t tile_shared(int outs, int rows, int depth) { return (size_t)depth * (outs + rows) * UNIT * sizeof(bf16); }
-
-/* y (= | add: +=) x w^T + bias, a tile of OUTS outputs and ROWS rows. A stage is a unit of both: rows of 8 chunks of 16
- * bytes, the halves of odd rows swapped, so that two rows' slabs fill the banks. WARPS_O of the warps stand side by side
- * along the outputs. */
-template <int OUTS, int ROWS, int WARPS_O, int DEPTH, bool ALIGNED>
-static __global__ void __launch_bounds__(THREADS)
-    row_tiles(real *y, const real *x, const bf16 *w, const float *bias, int how, size_t M, size_t K, size_t O) {
-  constexpr int WARPS_M = PARTS / WARPS_O, MMAS = OUTS / 16 / WARPS_O, COLS = ROWS / 8 / WARPS_M, STAGE = (OUTS + ROWS) * 8;
-  DYNAMIC_SHARED(uint4, shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, j = lane % 4;
-  const size_t along = (M + ROWS - 1) / ROWS, m0 = blockIdx.x % along * ROWS, o0 = blockIdx.x / along * OUTS;
-  const bf16 *const xs = (const bf16 *)(const void *)x;
-
-  struct Place { /* the units in the order of the parts */
-    unsigned part, i, count;
-    __device__ void next(size_t K) {
-      for (i++; i >= count && part < PARTS - 1; i = 0) count = units_of_part(K, ++part);
-    }
-  };
-  const unsigned units = (unsigned)((K + UNIT - 1) / UNIT);
-  /* `rows` of `from` (of `all`), from `first` on, their unit at `at`; what does not exist is the last row: it is not stored */
-  auto fetch_rows = [&](uint4 *to, const bf16 *from, size_t first, size_t all, int rows, const Place &at) {
-    const size_t k = (size_t)(at.i * PARTS + at.part) * UNIT;
-    for (int i = threadIdx.x; i < rows * 8; i += THREADS) {
-      const int row = i / 8, chunk = i % 8;
-      const size_t r = first + row < all ? first + row : all - 1;
-      fetch<ALIGNED>(to + row * 8 + (chunk ^ row % 2 * 4), from + r * K, k + 8 * chunk, K);
-    }
-  };
-  Place at_w = {0, 0, units_of_part(K, 0)}, at_x = at_w, at = at_w;
-  unsigned fetched_w = 0, fetched_x = 0;
-  auto fetch_w = [&] {
-    if (fetched_w < units) fetch_rows(shared + fetched_w % DEPTH * STAGE, w, o0, O, OUTS, at_w);
-    fetched_w++, at_w.next(K);
-  };
-  auto fetch_x = [&] {
-    if (fetched_x < units) fetch_rows(shared + fetched_x % DEPTH * STAGE + OUTS * 8, xs, m0, M, ROWS, at_x);
-    fetched_x++, at_x.next(K);
-  };
-  for (int i = 0; i < DEPTH - 1; i++) {
-    fetch_w();
-    cp_async_commit();
-  }
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  for (int i = 0; i < DEPTH - 1; i++) {
-    fetch_x();
-    cp_async_commit();
-  }
-
-  const int out = warp % WARPS_O * MMAS * 16, col = warp / WARPS_O * COLS * 8; /* the warp's part of the tile */
-  float total[MMAS][COLS][4] = {}, acc[MMAS][COLS][4] = {};
-  for (unsigned u = 0; u < units; u++) {
-    cp_async_wait<DEPTH - 2>();
-    __syncthreads(); /* everyone's copies of this stage are there, and everyone has read the stage that is filled next */
-    fetch_w();
-    fetch_x();
-    cp_async_commit();
-    const uint4 *ws = shared + u % DEPTH * STAGE + out * 8, *rows = shared + u % DEPTH * STAGE + (OUTS + col) * 8;
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-      const int chunk = (4 * s + j) ^ g % 2 * 4;
-      uint4 a[2 * MMAS], b[COLS];
-#pragma unroll
-      for (int h = 0; h < 2 * MMAS; h++) a[h] = ws[(8 * h + g) * 8 + chunk];
-#pragma unroll
-      for (int n = 0; n < COLS; n++) b[n] = rows[(8 * n + g) * 8 + chunk];
-#pragma unroll
-      for (int i = 0; i < MMAS; i++)
-#pragma unroll
-        for (int n = 0; n < COLS; n++) add_slab(acc[i][n], a[2 * i], a[2 * i + 1], b[n]);
-    }
-    const unsigned part = at.part;
-    at.next(K);
-    if (at.part != part || u + 1 == units) {
-#pragma unroll
-      for (int i = 0; i < MMAS * COLS * 4; i++) {
-        float &sum = total[i / 4 / COLS][i / 4 % COLS][i % 4], &of_part = acc[i / 4 / COLS][i / 4 % COLS][i % 4];
-        sum += of_part, of_part = 0;
-      }
-    }
-  }
-  cp_async_wait<0>();
-#pragma unroll
-  for (int i = 0; i < MMAS; i++)
-#pragma unroll
-    for (int n = 0; n < COLS; n++)
-#pragma unroll
-      for (int q = 0; q < 4; q++) {
-        const size_t o = o0 + out + 16 * i + q / 2 * 8 + g, m = m0 + col + 8 * n + 2 * j + q % 2;
-        if (o >= O || m >= M) continue;
-        put(y, m * O + o, total[i][n][q] + (bias ? bias[o] : 0) + (how & ADD ? load(y + m * O + o) : 0), how);
-      }
 }
 
 /* ---- float: plain FFMA --------------------------------------------------------------------------------------------------- */

@@ -1,6 +1,6 @@
-/* linear.cu - y = x W^T and its backward; embedding. Few tokens: few_rows.cuh; many: cuBLASLt. What looks at a matrix's dtype
- * while it computes is here. */
-#include "few_rows.cuh"
+/* linear.cu - y = x W^T and its backward; embedding. Few tokens: few_rows.cuh, row_tiles.cuh; many: cuBLASLt. What looks at a
+ * matrix's dtype while it computes is here. */
+#include "row_tiles.cuh"
 
 /* ---- few tokens ---------------------------------------------------------------------------------------------------------- */
 
@@ -15,7 +15,7 @@ static size_t shared_limit() {
 }
 
 /* Products' units of 8 outputs, one behind the other; a gated pair has those of one product. */
-static unsigned find_units(Few *c, bool gated) {
+[[maybe_unused]] static unsigned find_units(Few *c, bool gated) {
   size_t units = 0;
   for (int i = 0; i < c->n; i++) {
     c->first[i] = (unsigned)units;
@@ -33,7 +33,7 @@ struct Shape {
   size_t shared;
 };
 constexpr int TILE = 4; /* units of a tile */
-static Shape choose(const Few &c, bool gated) {
+[[maybe_unused]] static Shape choose(const Few &c, bool gated) {
   const int cols = c.M > 8 ? 2 : 1;
   for (bool staged : {true, false})
     for (int depth : {6, 4}) {
@@ -75,13 +75,129 @@ template <class R> static bool one_launch(Few c, bool gated) {
   return s.depth > 0;
 }
 
-template <int OUTS, int ROWS, int WARPS_O, int DEPTH, bool ALIGNED = true>
-static void start_tiles(const Product &p, const real *x, int how, size_t M, size_t K) {
-  const bf16 *w = (const bf16 *)p.w.data;
-  const auto row_tiles_of = row_tiles<OUTS, ROWS, WARPS_O, DEPTH, ALIGNED>;
-  const size_t tiles = ceil_div(M, ROWS) * ceil_div(p.O, OUTS);
-  LAUNCH_EARLY(row_tiles_of, (unsigned)tiles, THREADS, tile_shared(OUTS, ROWS, DEPTH), p.y, x, w, p.bias, how, M, K, p.O);
+/* ---- more rows: tiles ---------------------------------------------------------------------------------------------------- */
+
+/* A shape of row_tiles. fastest: with the deepest ring that Hopper's shared memory holds. */
+struct Tiling {
+  int mmas, cols, par;
+  size_t shared;
+  void (*start)(const Tiles &, unsigned blocks, size_t shared);
+};
+template <class R, int MMAS, int COLS, int PAR, int DEPTH, bool ALIGNED>
+static void start_row_tiles(const Tiles &c, unsigned blocks, size_t shared) {
+  LAUNCH_EARLY((row_tiles<MMAS, COLS, PAR, DEPTH, ALIGNED>), blocks, THREADS, shared, c);
 }
+template <class R, int MMAS, int COLS, int PAR, int DEPTH, bool ALIGNED = true> constexpr Tiling tiling() {
+  return {MMAS, COLS, PAR, tiles_shared(MMAS, COLS, PAR, DEPTH), start_row_tiles<R, MMAS, COLS, PAR, DEPTH, ALIGNED>};
+}
+constexpr int deepest(int mmas, int cols, int par) {
+  for (int depth = 6; depth > 3; depth--)
+    if (tiles_shared(mmas, cols, par, depth) <= 232448) return depth;
+  return 3;
+}
+template <class R, int MMAS, int COLS, int PAR> constexpr Tiling fastest() {
+  return tiling<R, MMAS, COLS, PAR, deepest(MMAS, COLS, PAR)>();
+}
+/* For any alignment; then the first fits every card, and the lines have 32, 64, 96, 128, 160 rows. */
+template <class R> constexpr Tiling GENERAL = tiling<R, 4, 2, 4, 3, false>();
+template <class R> constexpr Tiling TILINGS[] = {
+    tiling<R, 4, 2, 4, 3>(),
+    fastest<R, 4, 2, 4>(), fastest<R, 5, 2, 4>(), fastest<R, 6, 2, 4>(), fastest<R, 7, 2, 4>(), fastest<R, 8, 2, 4>(),
+    fastest<R, 4, 4, 4>(), fastest<R, 5, 4, 4>(), fastest<R, 6, 4, 4>(), fastest<R, 7, 4, 4>(), fastest<R, 8, 4, 4>(),
+    fastest<R, 4, 3, 2>(), fastest<R, 5, 3, 2>(), fastest<R, 6, 3, 2>(), fastest<R, 7, 3, 2>(), fastest<R, 8, 3, 2>(),
+    fastest<R, 4, 4, 2>(), fastest<R, 5, 4, 2>(), fastest<R, 6, 4, 2>(), fastest<R, 7, 4, 2>(), fastest<R, 8, 4, 2>(),
+    fastest<R, 4, 5, 2>(), fastest<R, 5, 5, 2>(), fastest<R, 6, 5, 2>(), fastest<R, 7, 5, 2>()};
+
+struct Tiled {
+  const Tiling *tiling;
+  unsigned splits;
+};
+static size_t outputs_tiles(const Tiling &t, size_t units) { return ceil_div(units, 2 * t.mmas); }
+static size_t row_tiles_of(const Tiling &t, size_t M) { return ceil_div(M, rows_of(t.cols, t.par)); }
+[[maybe_unused]] static size_t parts_bytes(const Tiled &t, size_t units, size_t M) {
+  const size_t tiles = outputs_tiles(*t.tiling, units) * row_tiles_of(*t.tiling, M);
+  return t.splits > 1 ? tiles * PARTS * 16 * t.tiling->mmas * rows_of(t.tiling->cols, t.tiling->par) * sizeof(float) : 0;
+}
+
+/* Clocks that a call takes, roughly: a multiprocessor gets some 32 bytes a clock while it fetches W and x, and does some 1800
+ * FLOPs a clock; sums in scratch travel at some 48. */
+[[maybe_unused]] static double clocks(const Tiling &t, unsigned splits, size_t units, size_t M, size_t K) {
+  const double outs = 16 * t.mmas, rows = rows_of(t.cols, t.par);
+  const double parts = splits > 1 ? PARTS * outs * rows * sizeof(float) / 48 : 0;
+  const size_t items = outputs_tiles(t, units) * splits * row_tiles_of(t, M);
+  const double bytes = 2 * (outs + (rows < M ? rows : M)) / 32, flops = 2 * outs * rows / 1800;
+  const double memory = 2.0 * 8 * units * K / 2400; /* all of W, once */
+  const double item = (double)K / splits * (bytes > flops ? bytes : flops) + 1500 + outs * rows / 8;
+  const double work = ceil_div(items, multiprocessors()) * item;
+  return (work > memory ? work : memory) + work / 16 + parts;
+}
+template <class R> static Tiled choose_tiles(size_t units, size_t M, size_t K, bool aligned) {
+  Tiled best = {&GENERAL<R>, 1};
+  double least = INFINITY;
+  for (const Tiling &t : TILINGS<R>)
+    for (unsigned splits = 1; aligned && t.shared <= shared_limit() && splits <= (unsigned)(PARTS / t.par); splits *= 2) {
+      const double cost = clocks(t, splits, units, M, K);
+      if (splits > 1 && outputs_tiles(t, units) * row_tiles_of(t, M) > MOST_SPLIT_TILES) continue;
+      if (cost < least) least = cost, best = {&t, splits};
+    }
+  return best;
+}
+
+/* The products of c as row_tiles takes them. */
+[[maybe_unused]] static Tiles find_tiles(const Few &c, bool gated) {
+  Tiles all = {};
+  const size_t vector = c.how & FLOATS ? 4 : 8;
+  size_t units = 0;
+  all.n = gated ? 1 : c.n, all.how = c.how, all.M = c.M, all.K = c.K, all.gated = gated, all.x = c.x, all.whole = true;
+  for (int i = 0; i < c.n; i++) {
+    all.p[i] = c.p[i];
+    all.whole = all.whole && c.p[i].O % vector == 0 && !((uintptr_t)c.p[i].y & 15);
+    if (i < all.n) units += (1 + gated) * ceil_div(c.p[i].O, 8), all.first[i + 1] = (unsigned)units;
+  }
+  return all;
+}
+
+[[maybe_unused]] static void run_tiles(Tiles c, const Tiled &t) {
+  c.along = (unsigned)row_tiles_of(*t.tiling, c.M), c.splits = t.splits;
+  c.items = (unsigned)outputs_tiles(*t.tiling, c.first[c.n]) * c.along * c.splits;
+  t.tiling->start(c, blocks_for(c.items, 1, multiprocessors()), t.tiling->shared);
+}
+
+static void normalise(real *to, const Few &c) {
+  LAUNCH_EARLY(norm_rows, blocks_for(c.M, 1, 1 << 16), THREADS, 0, to, c.x, c.norm, c.eps, (size_t)c.M, c.K);
+}
+static size_t normed_bytes(const Few &c) { return c.norm ? (c.M * c.K * sizeof(real) + 255) / 256 * 256 : 0; }
+
+/* All products in a launch, of any number of rows; a norm is another before it. */
+template <class R> static void start_tiles(const Few &c, bool gated) {
+  Tiles all = find_tiles(c, gated);
+  uintptr_t vectors = (c.norm ? 0 : (uintptr_t)c.x) | c.K * sizeof(bf16);
+  for (int i = 0; i < c.n; i++) vectors |= (uintptr_t)c.p[i].w.data;
+  const size_t units = all.first[all.n];
+  const Tiled t = choose_tiles<R>(units, c.M, c.K, !(vectors & 15));
+  const size_t normed = normed_bytes(c), parts = parts_bytes(t, units, c.M);
+  unsigned char *scratch = normed + parts ? (unsigned char *)device_scratch(normed + parts) : nullptr;
+  if (!scratch && normed + parts) return;
+  if (c.norm) {
+    normalise((real *)scratch, c);
+    all.x = (const real *)scratch;
+  }
+  all.parts = (float *)(scratch + normed);
+  run_tiles(all, t);
+}
+
+/* Few tokens in bf16: whatever is asked for, in one launch. */
+template <class R> static bool few_launch(const Few &c, bool gated) {
+  if constexpr (sizeof(R) == sizeof(bf16)) {
+    for (int i = 0; i < c.n; i++)
+      if (c.p[i].w.type != BFLOAT16) return false;
+    if (!one_launch<R>(c, gated)) start_tiles<R>(c, gated);
+    return true;
+  }
+  return false;
+}
+
+/* ---- weights that are float, or bf16 in a float module ------------------------------------------------------------------- */
 
 template <class W> static void start_floats(const Product &p, const real *x, int how, size_t M, size_t K) {
   const W *w = (const W *)p.w.data;
@@ -91,18 +207,12 @@ template <class W> static void start_floats(const Product &p, const real *x, int
   LAUNCH_EARLY(few_floats_of, grid, 128, 0, p.y, x, w, p.bias, how, M, K, p.O, whole);
 }
 
-/* One product of M rows of few tokens, whatever its shape. */
-template <class R> static void few_product(const Product &p, const real *x, int how, size_t M, size_t K) {
-  if (p.w.type == FLOAT32) return start_floats<float>(p, x, how, M, K);
-  if constexpr (sizeof(R) == sizeof(bf16)) {
-    const size_t large = ceil_div(M, 128) * ceil_div(p.O, 128); /* tiles */
-    if (((uintptr_t)x | (uintptr_t)p.w.data | K * sizeof(bf16)) & 15) return start_tiles<64, 32, 4, 6, false>(p, x, how, M, K);
-    if (M > 64 && large >= (size_t)multiprocessors()) return start_tiles<128, 128, 2, 3>(p, x, how, M, K);
-    if (M > 32) return start_tiles<64, 64, 4, 5>(p, x, how, M, K);
-    return start_tiles<64, 32, 4, 6>(p, x, how, M, K);
-  } else {
+/* One product of M rows of few tokens, of the kinds that few_launch leaves. */
+static void few_product(const Product &p, const real *x, int how, size_t M, size_t K) {
+  if (p.w.type == FLOAT32)
+    start_floats<float>(p, x, how, M, K);
+  else
     start_floats<bf16>(p, x, how, M, K);
-  }
 }
 
 /* ---- many tokens: cuBLASLt ----------------------------------------------------------------------------------------------- */
@@ -156,7 +266,7 @@ struct Room {
   void *more, *w;
 };
 static bool make_room(Room *room, const Few &c, bool few, size_t more) {
-  const size_t normed = c.norm ? (c.M * c.K * sizeof(real) + 255) / 256 * 256 : 0;
+  const size_t normed = normed_bytes(c);
   size_t w = 0;
   for (int i = 0; i < c.n && !few; i++) w = converted(c.p[i], c.K) > w ? converted(c.p[i], c.K) : w;
   more = (more + 255) / 256 * 256;
@@ -168,14 +278,14 @@ static bool make_room(Room *room, const Few &c, bool few, size_t more) {
 static void one_by_one(const Few &c, const Room &room, bool few) {
   const real *x = c.x;
   if (c.norm) {
-    LAUNCH_EARLY(norm_rows, blocks_for(c.M, 1, 1 << 16), THREADS, 0, room.normed, c.x, c.norm, c.eps, (size_t)c.M, c.K);
+    normalise(room.normed, c);
     x = room.normed;
   }
   for (int i = 0; i < c.n; i++)
     if (!c.p[i].O)
       continue;
     else if (few)
-      few_product<real>(c.p[i], x, c.how, c.M, c.K);
+      few_product(c.p[i], x, c.how, c.M, c.K);
     else
       many_product(c.p[i], x, c.how, c.M, c.K, room.w);
 }
@@ -188,7 +298,7 @@ void linears_forward(const Product *p, int n, const real *x, const float *norm, 
   for (int i = 0; i < n; i++)
     if (p[i].O) c.p[c.n++] = p[i];
   if (!c.M || !c.n) return;
-  if (T <= FEW && one_launch<real>(c, false)) return;
+  if (T <= FEW && few_launch<real>(c, false)) return;
   if (make_room(&room, c, T <= FEW, 0)) one_by_one(c, room, T <= FEW);
 }
 
@@ -198,7 +308,7 @@ void logits_forward(float *y, const real *x, Matrix w, size_t B, size_t T, size_
   c.x = x, c.how = FLOATS, c.M = (unsigned)(B * T), c.K = K, c.n = 1;
   c.p[0] = {(real *)(void *)y, w, nullptr, O};
   if (!c.M || !O) return;
-  if (T <= FEW && one_launch<real>(c, false)) return;
+  if (T <= FEW && few_launch<real>(c, false)) return;
   if (make_room(&room, c, T <= FEW, 0)) one_by_one(c, room, T <= FEW);
 }
 
@@ -209,7 +319,7 @@ void swiglu_linear_forward(real *y, const real *x, const float *norm, float eps,
   c.x = x, c.norm = norm, c.eps = eps, c.M = (unsigned)(B * T), c.K = K, c.n = 2;
   c.p[0] = {y, wg, bg, F}, c.p[1] = {y, wu, bu, F};
   if (!c.M || !F) return;
-  if (T <= FEW && one_launch<real>(c, true)) return;
+  if (T <= FEW && few_launch<real>(c, true)) return;
   if (!make_room(&room, c, T <= FEW, c.M * F * sizeof(real))) return;
   c.p[1].y = (real *)room.more;
   one_by_one(c, room, T <= FEW);

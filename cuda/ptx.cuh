@@ -52,6 +52,9 @@ __device__ static inline void cp_async_commit() { asm volatile("cp.async.commit_
 /* At most N of this thread's groups are still under way. */
 template <int N> __device__ static inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"); }
 
+/* Barrier `id` (1 … 15) of `threads` threads of the block, a multiple of 32. */
+__device__ static inline void group_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory"); }
+
 /* Programmatic dependent launch: what stands before the wait may overlap the kernel before; nothing written by it may be read there.
  * No effect where the launch does not ask for it. */
 __device__ static inline void wait_for_previous_kernel() {

@@ -606,7 +606,7 @@ def test_trees_equal_chains(backend, op, reason, sizes):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("K, O", [(64, 64), (131, 67), (300, 5), (1304, 24)])
+@pytest.mark.parametrize("K, O", [(64, 64), (131, 67), (300, 5), (1304, 24), (72, 600)])
 def test_linear_of_few_tokens_is_row_invariant(backend, K, O, bf16):
     r = np.random.default_rng(1)
     args = backend.prepare("linear_forward", draw_linear(r, 7, 16, K, O, bf16=bf16))
@@ -623,8 +623,8 @@ def draw_products(r, B, T, K, O, norm, bf16):
                 bias=r.standard_normal(O), w2=matrix(r, bf16, O + 9, K), bias2=None)
 
 
-# K and O: one kernel or another, ends that are no whole unit or tile, several units a part
-PRODUCTS = pytest.mark.parametrize("K, O", [(64, 16), (131, 67), (1096, 40), (8, 3)])
+# K and O: one kernel or another, ends that are no whole unit or tile, several units a part, several tiles
+PRODUCTS = pytest.mark.parametrize("K, O", [(64, 16), (131, 67), (1096, 40), (8, 3), (520, 136)])
 
 
 @PRODUCTS
@@ -736,6 +736,21 @@ def test_sample_equals_its_twin(backend, how, V):
     assert same(backend.call("sample", args)["token"], twin.sample(**args))
 
 
+@pytest.mark.parametrize("how", FILTERS, ids=str)
+@pytest.mark.parametrize("B", [3, 33])  # alone and beside others: the same tokens, however many blocks share a row
+@pytest.mark.parametrize("step", [0, 0.5], ids=["distinct", "many ties"])
+def test_sample_of_a_large_vocabulary(backend, how, B, step):
+    r = np.random.default_rng(1)
+    logits, u = r.standard_normal((3, 9001)).astype("f4") * 2, r.random(3).astype("f4")
+    if step:
+        logits = (np.round(logits / step) * step).astype("f4")
+    logits[1, 5000:] = -np.inf
+    how = {k: v * 100 if k == "top_k" else v for k, v in how.items()}
+    rows = np.arange(B) % 3
+    token = backend.module.sample(logits=logits[rows], **each(B, **how), u=u[rows])
+    assert same(token, twin.sample(logits, **each(3, **how), u=u)[rows])
+
+
 def test_sample_ties_and_edges(backend):
     logits = np.array([[1, 3, 3, 3], [3, 3, 1, 3], [-np.inf, 0, -np.inf, 0], [0, 0, 0, 0]], np.float32)
     sample = lambda u, **how: backend.module.sample(logits=logits, **each(4, **how), u=np.full(4, u, "f4")).tolist()
@@ -766,7 +781,7 @@ def speculation(B, K, V, how, seed, mix=0.5):
 
 
 @pytest.mark.parametrize("how", FILTERS, ids=str)
-@pytest.mark.parametrize("K, V", [(0, 5), (1, 30), (4, 12), (4, 1001)])
+@pytest.mark.parametrize("K, V", [(0, 5), (1, 30), (4, 12), (4, 1001), (1, 9001)])
 def test_verify_equals_its_twin(backend, how, K, V):
     args = speculation(30, K, V, how, seed=K + V)
     r = np.random.default_rng(1)

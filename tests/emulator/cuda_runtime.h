@@ -98,6 +98,7 @@ namespace emulator {
 void submit(std::function<void()> work); /* now, or into the graph that is being captured */
 cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
 void barrier();                                  /* of the block */
+void barrier(int id, int count);                 /* of `count` of its threads */
 void warp_barrier(unsigned mask);
 void *warp_slot(int lane, int parity);           /* 256 bytes a lane, twice */
 int warp_turn();                                 /* 0 or 1, changes with each exchange of this thread */
@@ -235,6 +236,7 @@ static inline float __int_as_float(int u) { float f; memcpy(&f, &u, 4); return f
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+static inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 static inline float saturate(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
 #define EMULATED_MIN_MAX(T)                                  \

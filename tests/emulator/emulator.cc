@@ -103,6 +103,26 @@ void barrier() {
   }
 }
 
+void barrier(int id, int count) {
+  static struct {
+    int waiting;
+    unsigned epoch;
+  } named[16];
+  unsigned now = named[id].epoch;
+  if (++named[id].waiting == count) {
+    named[id].waiting = 0;
+    named[id].epoch++;
+    return;
+  }
+  for (long spins = 0; named[id].epoch == now; spins++) {
+    if (spins > 1 << 20) {
+      fprintf(stderr, "emulator: barrier %d waits for threads that never come (block %u, thread %d)\n", id, blockIdx.x, current);
+      abort();
+    }
+    yield();
+  }
+}
+
 int block_vote(int value, int how) {
   int e = epoch & 1;
   if (waiting == 0) votes[e] = any[e] = 0, all[e] = 1;

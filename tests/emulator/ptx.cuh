@@ -51,6 +51,7 @@ static inline void cp_async_16(void *shared, const void *global, int bytes = 16)
 static inline void cp_async_16_ahead(void *shared, const void *global, int bytes = 16) { cp_async_16(shared, global, bytes); }
 static inline void cp_async_commit() {}
 template <int N> static inline void cp_async_wait() {}
+static inline void group_barrier(int id, int threads) { emulator::barrier(id, threads); }
 static inline void wait_for_previous_kernel() {}
 static inline void let_next_kernel_start() {}
 static inline float exp2_approx(float x) { return exp2f(x); }
