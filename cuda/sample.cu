@@ -446,7 +446,7 @@ __device__ void greedy(const Call &c, size_t b, size_t count) {
 }
 
 /* The first token whose cumulative mass exceeds u times the whole: each block sums its split, the last one looks. */
-__global__ void __launch_bounds__(THREADS) draw(const __grid_constant__ Call c) {
+__global__ void __launch_bounds__(THREADS) draw_tokens(const __grid_constant__ Call c) {
   __shared__ Mass below;
   __shared__ unsigned split;
   const size_t b = grid_row();
@@ -530,7 +530,7 @@ void verify(int32_t *accepted, int32_t *token, const float *logits, const int32_
   LAUNCH_EARLY(fill_bins, grid_of(c, c.R), threads, 0, c);
   LAUNCH_EARLY(find_last, grid_of(c, c.R), threads, SELECT_SHARED, c);
   if (K) LAUNCH_EARLY(add_masses, grid_of(c, c.R), threads, 0, c);
-  LAUNCH_EARLY(draw, grid_of(c, B), threads, 0, c);
+  LAUNCH_EARLY(draw_tokens, grid_of(c, B), threads, 0, c);
 }
 
 void sample(int32_t *token, const float *logits, const float *temperature, const int32_t *top_k, const float *top_p,

@@ -6,40 +6,7 @@
  * A vocabulary of 128256; logits N(0, 4), or only halves of integers, so that hundreds of tokens tie. The time of a call in a
  * graph of ten. */
 #include "../sample.cu"
-
-#include <stdio.h>
-#include <stdlib.h>
-
-#include <algorithm>
-#include <vector>
-
-/* ---- the device layer, as far as the op needs it ------------------------------------------------------------------------- */
-
-cudaStream_t stream() {
-  static cudaStream_t s = [] {
-    cudaStream_t made;
-    cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking);
-    return made;
-  }();
-  return s;
-}
-int multiprocessors() { return 0; }
-bool synchronous() { return false; }
-void latch(cudaError_t error, const char *what, const char *file, int line) {
-  if (error == cudaSuccess) return;
-  printf("%s (%s:%d): %s\n", what, file, line, cudaGetErrorString(error));
-  exit(1);
-}
-void *device_scratch(size_t bytes) {
-  static void *scratch;
-  static size_t size;
-  if (bytes > size) {
-    CHECK(cudaStreamSynchronize(stream()));
-    CHECK(cudaFree(scratch));
-    CHECK(cudaMalloc(&scratch, size = bytes));
-  }
-  return scratch;
-}
+#include "device.cuh"
 
 /* ---- data ---------------------------------------------------------------------------------------------------------------- */
 
@@ -51,11 +18,6 @@ static __global__ void normals(float *x, size_t n, const float *near, float scal
     const float y = (near ? near[i] : 0) + scale * sqrtf(-2 * logf(u)) * cospif(2 * v);
     x[i] = step > 0 ? roundf(y / step) * step : y;
   }
-}
-template <class T> static T *array(size_t n) {
-  void *p;
-  CHECK(cudaMalloc(&p, (n + 1) * sizeof(T)));
-  return (T *)p;
 }
 template <class T> static T *put(const std::vector<T> &v) {
   T *x = array<T>(v.size());
@@ -72,34 +34,6 @@ static float *uniforms(size_t n) {
   std::vector<float> u(n);
   for (float &x : u) x = (float)(rand() % (1 << 24)) * 0x1p-24f;
   return put(u);
-}
-
-template <class F> static double timed(F f) {
-  const int calls = 10, rounds = 15;
-  f();
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < calls; i++) f();
-  CHECK(cudaStreamEndCapture(stream(), &graph));
-  CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  std::vector<float> ms(rounds);
-  for (int r = -2; r < rounds; r++) {
-    CHECK(cudaEventRecord(begin, stream()));
-    CHECK(cudaGraphLaunch(exec, stream()));
-    CHECK(cudaEventRecord(end, stream()));
-    CHECK(cudaEventSynchronize(end));
-    float t;
-    CHECK(cudaEventElapsedTime(&t, begin, end));
-    if (r >= 0) ms[r] = t;
-  }
-  CHECK(cudaGraphExecDestroy(exec));
-  CHECK(cudaGraphDestroy(graph));
-  std::sort(ms.begin(), ms.end());
-  return ms[rounds / 2] * 1e3 / calls;
 }
 
 /* ---- calls --------------------------------------------------------------------------------------------------------------- */
@@ -135,7 +69,7 @@ int main() {
       auto draw_rows = [&](size_t first, size_t B) {
         sample(token + first, logits + first * V, temperature, top_k, top_p, min_p, u + first, B, V);
       };
-      for (size_t B : {1, 8, 64}) printf(" %6.1f", timed([&] { draw_rows(0, B); }));
+      for (size_t B : {1, 8, 64}) printf(" %6.1f", timed(10, [&](int) { draw_rows(0, B); }));
       const std::vector<int32_t> together = pull(token, MOST);
       for (size_t b = 0; b < MOST; b++) draw_rows(b, 1);
       printf(" us for 1, 8, 64 rows%s, %s;", logits == ties ? " of ties" : "",
@@ -152,7 +86,7 @@ int main() {
       }
     }
     for (size_t B : {1, 8, 64})
-      printf(" %6.1f", timed([&] {
+      printf(" %6.1f", timed(10, [&](int) {
                verify(accepted, token, distinct, draft, near, nullptr, temperature, top_k, top_p, min_p, u_accept, u, B, K, V);
              }));
     printf(" us for 1, 8, 64 rows\n");
