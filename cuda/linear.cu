@@ -15,7 +15,7 @@ static size_t shared_limit() {
 }
 
 /* Products' units of 8 outputs, one behind the other; a gated pair has those of one product. */
-static unsigned find_units(Few *c, bool gated) {
+[[maybe_unused]] static unsigned find_units(Few *c, bool gated) {
   size_t units = 0;
   for (int i = 0; i < c->n; i++) {
     c->first[i] = (unsigned)units;
