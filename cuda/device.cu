@@ -9,6 +9,7 @@
 #include "common.cuh"
 
 static std::recursive_mutex lock_;
+typedef std::lock_guard<std::recursive_mutex> Guard;
 void device_lock(void) { lock_.lock(); }
 void device_unlock(void) { lock_.unlock(); }
 
@@ -25,11 +26,14 @@ static void fail(const char *what) {
 void device_fail(const char *what) { fail(what); }
 
 void latch(cudaError_t error, const char *what, const char *file, int line) {
-  if (error == cudaSuccess || failed) return;
+  if (error == cudaSuccess) return;
+  cudaGetLastError(); /* forget it where it can be forgotten */
+  if (failed) return;
   const char *name = strrchr(file, '/');
   char text[512];
-  snprintf(text, sizeof text, "%s (%s:%d): %s", what, name ? name + 1 : file, line, cudaGetErrorString(error));
-  cudaGetLastError(); /* forget it where it can be forgotten */
+  const bool kernel = error >= 700 && error < 720 && !synchronous(); /* what a kernel of before did: illegal address … launch failure */
+  snprintf(text, sizeof text, "%s (%s:%d): %s%s", what, name ? name + 1 : file, line, cudaGetErrorString(error),
+           kernel ? "; with MIL_CUDA_SYNC=1 the error names its kernel" : "");
   fail(text);
 }
 
@@ -71,11 +75,13 @@ size_t workers(void) { return 1; }
 
 const char *device_missing(void) {
   static char text[256];
-  int n = 0;
+  int n = 0, driver = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
   if (error == cudaSuccess && n > 0) return nullptr;
   cudaGetLastError();
-  snprintf(text, sizeof text, "%s", error == cudaSuccess ? "no CUDA device" : cudaGetErrorString(error));
+  CHECK(cudaDriverGetVersion(&driver)); /* 0: none */
+  const char *what = error == cudaSuccess ? "no CUDA device" : cudaGetErrorString(error);
+  snprintf(text, sizeof text, driver ? "%s" : "there is no NVIDIA driver (libcuda.so.1) on this machine", what);
   return text;
 }
 
@@ -101,6 +107,7 @@ static void give_back_all() {
 }
 
 void *device_alloc(size_t bytes) {
+  Guard guard(lock_);
   const size_t size = round_size(bytes);
   void *p = nullptr;
   size_t got = size;
@@ -135,6 +142,7 @@ void *device_alloc(size_t bytes) {
 
 void device_free(void *p) {
   if (!p) return;
+  Guard guard(lock_); /* Python frees models and States while another thread computes */
   auto found = given.find(p);
   used -= found->second;
   kept.emplace(found->second, p);
@@ -169,9 +177,9 @@ static void *pinned(size_t bytes) {
 }
 
 static void push_small(void *device, const void *host, size_t bytes) {
-  static char *ring = (char *)pinned(RING);
+  static char *ring;
   static size_t at;
-  if (!ring) return;
+  if (!ring && !(ring = (char *)pinned(RING))) return;
   if (at + bytes > RING) {
     CHECK(cudaStreamSynchronize(stream())); /* once in 4 MB: what was in the ring has been fetched */
     at = 0;
@@ -188,13 +196,12 @@ static void push_large(void *device, const void *host, size_t bytes) {
   } piece[2];
   for (size_t i = 0, turn = 0; i < bytes; i += LARGE, turn ^= 1) {
     const size_t n = bytes - i < LARGE ? bytes - i : LARGE;
-    if (!piece[turn].data) {
-      piece[turn].data = (char *)pinned(LARGE);
-      CHECK(cudaEventCreateWithFlags(&piece[turn].fetched, cudaEventDisableTiming));
-    } else {
+    if (piece[turn].data) {
       CHECK(cudaEventSynchronize(piece[turn].fetched));
+    } else {
+      if (!(piece[turn].data = (char *)pinned(LARGE))) return;
+      CHECK(cudaEventCreateWithFlags(&piece[turn].fetched, cudaEventDisableTiming));
     }
-    if (!piece[turn].data) return;
     memcpy(piece[turn].data, (const char *)host + i, n);
     CHECK(cudaMemcpyAsync((char *)device + i, piece[turn].data, n, cudaMemcpyHostToDevice, stream()));
     CHECK(cudaEventRecord(piece[turn].fetched, stream()));
@@ -202,6 +209,7 @@ static void push_large(void *device, const void *host, size_t bytes) {
 }
 
 void device_push(void *device, const void *host, size_t bytes) {
+  Guard guard(lock_);
   if (bytes && bytes <= SMALL) push_small(device, host, bytes);
   if (bytes > SMALL) push_large(device, host, bytes);
 }

@@ -130,13 +130,29 @@ def test_training_has_the_same_bits_twice(pair, tmp_path):
     assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[0])
 
 
-def test_out_of_memory_names_the_request_and_leaves_the_process_usable(pair):
-    gpu, _, _ = pair
-    with pytest.raises(MemoryError, match="GiB asked for"):
+def test_out_of_memory_names_the_request_and_leaves_the_process_usable(pair, tmp_path):
+    gpu, _, dtype = pair
+    with pytest.raises(MemoryError, match=r"^State: .*GiB asked for"):
         mil.State(gpu, 1 << 16, 1 << 20)
-    assert np.isfinite(gpu.logits(draw(1, 8))).all()
+    with pytest.raises(MemoryError, match=r"^Model: .*GiB asked for"):
+        mil.random(CONFIG | {"vocab_size": 1 << 24, "hidden_size": 1 << 20}, device="cuda", dtype=dtype)
+    with open(tmp_path / "w", "wb") as file:
+        file.truncate(1 << 39)  # a sparse file: 512 GiB of zeros that nobody reads
+    w = np.memmap(tmp_path / "w", np.float32, "r", shape=(1 << 30, 128))
+    with pytest.raises(MemoryError, match=r"^embedding_forward: .*512.00 GiB asked for"):
+        gpu.module.embedding_forward(np.asarray(w), np.zeros((1, 1), np.int32))
+    assert np.isfinite(gpu.logits(draw(1, 8), mil.State(gpu, 1, 8))).all()
     used, peak = gpu.module.memory()
     assert 0 < used <= peak
+
+
+def test_a_failed_launch_names_op_kernel_and_place(pair):
+    """A head of 70,001 numbers does not fit a multiprocessor's shared memory."""
+    module = pair[0].module
+    q, fits = (np.ones((1, 1, 1, P), np.float32) for P in (70001, 161))
+    with pytest.raises(RuntimeError, match=r"^attention_forward: attend_plain \(attention\.cu:\d+\): "):
+        module.attention_forward(q, q, q)
+    assert (module.attention_forward(fits, fits, fits)[0] == 1).all()
 
 
 @pytest.mark.parity
