@@ -276,7 +276,8 @@ static PyObject *model_moments(PyObject *self, PyObject *name) {
   Param *p = find((ModelObject *)self, name);
   if (!p) return NULL;
   if (!p->m) Py_RETURN_NONE;
-  PyObject *m = pull_array(p, NPY_FLOAT32, p->m), *v = pull_array(p, NPY_FLOAT32, p->v);
+  const int type = p->moments == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16;
+  PyObject *m = pull_array(p, type, p->m), *v = pull_array(p, type, p->v);
   PyObject *w = p->master ? pull_array(p, NPY_FLOAT32, p->master) : Py_NewRef(Py_None);
   return Py_BuildValue("NNN", m, v, w); /* NULL if one of them is */
 }
@@ -289,11 +290,13 @@ static PyObject *model_set_moments(PyObject *self, PyObject *args) {
   if ((value[2] == Py_None) != (p->type == FLOAT32))
     return PyErr_Format(PyExc_ValueError, "%U: master weights go with bf16 matrices, and only with them", name);
   for (int i = 0; i < 3; i++)
-    if ((i < 2 || value[i] != Py_None) && !fits(p, value[i], name, 0)) return NULL;
-  if (param_moments(p)) return finish("Model.set_moments", 1);
-  float *to[] = {p->m, p->v, p->master};
+    if ((i < 2 || value[i] != Py_None) && !fits(p, value[i], name, i < 2)) return NULL;
+  const int type = PyArray_TYPE((PyArrayObject *)value[0]);
+  if (PyArray_TYPE((PyArrayObject *)value[1]) != type) return PyErr_Format(PyExc_ValueError, "%U: m and v must be of one dtype", name);
+  if (param_moments(p, type == NPY_FLOAT32 ? FLOAT32 : BFLOAT16)) return finish("Model.set_moments", 1);
+  void *to[] = {p->m, p->v, p->master};
   for (int i = 0; i < 3; i++)
-    if (to[i]) device_push(to[i], PyArray_DATA((PyArrayObject *)value[i]), p->n * sizeof(float));
+    if (to[i]) device_push(to[i], PyArray_DATA((PyArrayObject *)value[i]), p->n * (i < 2 && type == NPY_UINT16 ? 2 : 4));
   return finish("Model.set_moments", 0);
 }
 
@@ -326,11 +329,20 @@ static PyObject *model_step_(PyObject *self, PyObject *args) {
   Model *m = &((ModelObject *)self)->m;
   float lr, b1, b2, eps, decay, scale;
   Py_ssize_t step;
-  if (!PyArg_ParseTuple(args, "ffffffn", &lr, &b1, &b2, &eps, &decay, &scale, &step)) return NULL;
+  int half;
+  if (!PyArg_ParseTuple(args, "ffffffnp", &lr, &b1, &b2, &eps, &decay, &scale, &step, &half)) return NULL;
   if (step < 1) return PyErr_Format(PyExc_ValueError, "step counts from 1, got %zd", step);
   if (!m->gradients) return PyErr_Format(PyExc_ValueError, "there are no gradients to step on: no backward has run yet");
+  const int moments = half ? BFLOAT16 : FLOAT32;
+  size_t layer;
+  for (size_t i = 0; i < param_count(m); i++) {
+    const Param *p = param_at(m, i, &layer);
+    if (gradient(m, p) && p->m && p->moments != moments)
+      return PyErr_Format(PyExc_ValueError, "the moments are %s, and this step is to keep %s ones: set_moments gives them anew",
+                          half ? "float32" : "bfloat16", half ? "bfloat16" : "float32");
+  }
   int failed;
-  COMPUTE(failed = model_step(m, lr, b1, b2, eps, decay, scale, (size_t)step))
+  COMPUTE(failed = model_step(m, moments, lr, b1, b2, eps, decay, scale, (size_t)step))
   return finish("Model.step", failed);
 }
 
@@ -570,13 +582,13 @@ static PyMethodDef model_methods[] = {
     {"raw", model_raw, METH_O, "raw(name) -> the parameter as stored: float32, or uint16 (the bits of bf16)"},
     {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16)"},
     {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
-    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), or None before the first step"},
+    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step"},
     {"set_moments", model_set_moments, METH_VARARGS, "set_moments(name, m, v, master)"},
     {"set_trainable", model_set_trainable, METH_VARARGS, "set_trainable(name, bool)"},
     {"clone", model_clone_, METH_NOARGS, "clone() -> a model that shares every parameter until one of the two writes it"},
     {"zero_grad", model_zero_grad, METH_NOARGS, "zero_grad()"},
     {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of all gradients"},
-    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step): AdamW on the trainable parameters"},
+    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on the trainable parameters"},
     {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed)"},
     {"randomize", model_randomize_, METH_VARARGS, "randomize(seed, std)"},
     {"set_rope", model_set_rope, METH_VARARGS, "set_rope(inv_freq, scale)"},

@@ -149,7 +149,10 @@ void device_free(void *p) {
   given.erase(found);
 }
 
-void device_memory(size_t *now, size_t *most) { *now = used, *most = most_used; }
+void device_memory(size_t *now, size_t *most, int reset) {
+  *now = used, *most = most_used;
+  if (reset) most_used = used;
+}
 
 static unsigned generation; /* moves when scratch does: recorded graphs point into it */
 void *device_scratch(size_t bytes) {

@@ -275,6 +275,29 @@ def test_adamw(backend, step, gscale):
         backend.close(got[name], value, name)
 
 
+@pytest.mark.parametrize("n", [1, 6, 4099])
+def test_adamw_with_bf16_moments(backend, n):
+    """The twin's bits, but where float32 sums stand at the edge between two of them; w moves by the moments before they are rounded."""
+    r = np.random.default_rng(1)
+    args = backend.prepare("adamw", dict(w=r.standard_normal(n), m=twin.float_to_bf16(r.standard_normal(n)),
+                                         v=twin.float_to_bf16(r.random(n)), grad=r.standard_normal(n)))
+    args |= dict(lr=0.3, b1=0.9, b2=0.999, eps=1e-8, decay=0.1, step=7, key=3)
+    got, (w, m, v) = backend.call("adamw", args), twin.adamw(**args)
+    backend.close(got["w"], w, "w")
+    assert (got["m"] != m).sum() <= n / 1000 and (got["v"] != v).sum() <= n / 1000
+    assert np.abs(got["m"].astype(int) - m).max() <= 1 and np.abs(got["v"].astype(int) - v).max() <= 1
+
+
+def test_bf16_moments_move_by_less_than_their_bits(backend):
+    """v rises by 1/2000 a step, an eighth of what bf16 can tell apart at 1; its mean arrives all the same."""
+    n, steps = 4096, 64
+    args = dict(w=np.zeros(n, "f4"), m=np.zeros(n, "u2"), v=twin.float_to_bf16(np.ones(n)), grad=np.full(n, 1.5**0.5, "f4"))
+    for step in range(1, steps + 1):
+        backend.module.adamw(**args, lr=0.0, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, step=step)
+    expected = 1.5 - 0.5 * 0.999**steps
+    assert twin.bf16_to_float(args["v"]).mean() == pytest.approx(expected, abs=1e-3) and len(set(args["v"])) > 3
+
+
 @pytest.mark.parametrize("n", [0, 1, 7, 100003])
 def test_sum_squares(backend, n):
     g = np.random.default_rng(1).standard_normal(n).astype(np.float32)

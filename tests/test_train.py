@@ -61,20 +61,21 @@ def history(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Uninterrupted runs by dtype: (folder, student)."""
+    """Uninterrupted runs by dtype and moments: (folder, student)."""
     done = {}
 
-    def run(dtype="float32"):
-        if dtype not in done:
+    def run(*kind):
+        dtype, moments = kind or ("float32", "float32")
+        if kind not in done:
             folder = tmp_path_factory.mktemp("whole")
-            done[dtype] = folder, distill(folder, dtype)[0]
-        return done[dtype]
+            done[kind] = folder, distill(folder, dtype, moments=moments)[0]
+        return done[kind]
     return run
 
 
-def same_end(folder, student, whole, dtype="float32"):
-    assert bits(student) == bits(whole(dtype)[1])
-    assert history(folder) == history(whole(dtype)[0])
+def same_end(folder, student, whole, *kind):
+    assert bits(student) == bits(whole(*kind)[1])
+    assert history(folder) == history(whole(*kind)[0])
     assert bits(mil.load(folder / "model")) == bits(student)
     assert not list(folder.glob("*.tmp"))
 
@@ -197,17 +198,33 @@ def test_new_layers_take_the_student_s_mixer():
 # -- stopped and started again ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, dtype", [(1, "float32"), (5, "float32"), (7, "float32"), (8, "float32"), (9, "float32"), (13, "float32"),
-                                         (5, "bfloat16"), (9, "bfloat16"), (12, "bfloat16")])
-def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype):
+@pytest.mark.parametrize("step, dtype, moments", [
+    *((step, "float32", "float32") for step in (1, 5, 7, 8, 9, 13)), *((step, "bfloat16", "float32") for step in (5, 9, 12)),
+    (5, "float32", "bfloat16"), (6, "bfloat16", "bfloat16"), (9, "bfloat16", "bfloat16")])
+def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype, moments):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, step, stop)
-        distill(tmp_path, dtype)
+        distill(tmp_path, dtype, moments=moments)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')  # a line cut short
     (tmp_path / "checkpoint.npz.tmp").write_bytes(b"cut short too")
-    student, _ = distill(tmp_path, dtype)
-    same_end(tmp_path, student, whole, dtype)
+    student, _ = distill(tmp_path, dtype, moments=moments)
+    same_end(tmp_path, student, whole, dtype, moments)
+
+
+def test_bf16_moments_learn_and_are_kept_as_such():
+    """A student with float32 moments takes up a run of the other kind; loss and weights end near those of float32 moments."""
+    ends = {}
+    for moments in ("float32", "bfloat16"):
+        model = mil.random(CONFIG, seed=1)
+        mil.train(model, rows(1), {"steps": 1, "length": 20})
+        report = mil.train(model, rows(1), {"steps": 60, "length": 32, "batch": 4, "lr": 2e-2, "moments": moments})
+        dtypes = {tuple(a.dtype for a in (m, v)) for m, v, _ in model.moments().values()}
+        assert dtypes == {(np.dtype("u2" if moments == "bfloat16" else "f4"),) * 2}
+        ends[moments] = report["loss"]
+    assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=0.05)
+    with pytest.raises(ValueError, match="the moments are bfloat16, and this step is to keep float32 ones"):
+        model.step(1e-3)
 
 
 def test_resumed_with_frozen_mamba_layers(tmp_path, monkeypatch):
@@ -311,6 +328,7 @@ def test_another_run_is_refused(whole):
     folder, _ = whole()
     student, teacher = pair()
     for change, says in [({"lr": 1e-3}, "lr 0.003, not 0.001"), ({"eval_data": rows(3)}, "another eval_data"), ({"seed": 4}, "seed 0, not 4"),
+                         ({"moments": "bfloat16"}, "moments 'float32', not 'bfloat16'"),
                          ({"stages": PLAN["stages"][:1]}, "stages")]:
         with pytest.raises(ValueError, match=says):
             mil.distill(student, teacher, rows(1), {**PLAN, **change}, out=folder)
