@@ -88,13 +88,15 @@ const char *device_missing(void) {
 /* ---- memory ------------------------------------------------------------------------------------------------------------------
  *
  * Freed blocks are kept by size and given out again to requests of at least 7/8 of them; all work is in one stream, so a block may
- * change hands at once. When the device refuses, everything kept goes back and the request is tried once more. */
+ * change hands at once. When the device refuses, everything kept goes back and the request is tried once more. MIL_CUDA_SYNC=1: blocks
+ * are neither rounded up nor kept, so that compute-sanitizer sees what lies outside of them. */
 
 static std::unordered_map<void *, size_t> given; /* block: its size */
 static std::multimap<size_t, void *> kept;
 static size_t used, most_used;
 
 static size_t round_size(size_t n) {
+  if (synchronous()) return n + !n;
   const size_t unit = n < (1 << 20) ? 512 : 1 << 20;
   return (n + unit - 1 + !n) / unit * unit;
 }
@@ -145,7 +147,10 @@ void device_free(void *p) {
   Guard guard(lock_); /* Python frees models and States while another thread computes */
   auto found = given.find(p);
   used -= found->second;
-  kept.emplace(found->second, p);
+  if (synchronous())
+    CHECK(cudaFree(p));
+  else
+    kept.emplace(found->second, p);
   given.erase(found);
 }
 
@@ -278,7 +283,8 @@ void device_return(void *host, void *lent, size_t n, size_t size, int as_real, i
   device_free(lent);
 }
 
-/* ---- recordings: work that is issued again and again is captured once and then replayed ----------------------------------------- */
+/* ---- recordings: work that is issued again and again is captured once and then replayed; nothing waits inside a capture, so with
+ * MIL_CUDA_SYNC=1 it is issued each time ------------------------------------------------------------------------------------------ */
 
 struct Recording {
   cudaGraphExec_t graph;
@@ -299,8 +305,11 @@ int recording_play(Recording *r) {
   CHECK(cudaGraphLaunch(r->graph, stream()));
   return 1;
 }
-void recording_begin(void) { CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed)); }
+void recording_begin(void) {
+  if (!synchronous()) CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed));
+}
 void recording_end(Recording *r) {
+  if (synchronous()) return;
   cudaGraph_t graph = nullptr;
   CHECK(cudaStreamEndCapture(stream(), &graph));
   if (!graph) return;

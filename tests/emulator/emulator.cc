@@ -205,8 +205,8 @@ cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::capture ? emulator::fails(cudaErrorInvalidValue) : cudaSuccess; }
+cudaError_t cudaDeviceSynchronize(void) { return cudaStreamSynchronize(nullptr); }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   emulator::capture = new std::vector<std::function<void()>>;
   return cudaSuccess;
