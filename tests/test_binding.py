@@ -292,6 +292,16 @@ def test_the_public_ops_choose_the_device():
         ops.rmsnorm_forward(x, np.ones(3, np.float32), 1e-5, device="gpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_says_what_it_lacks(dtype):
+    """The modules, a library, a driver, or a device: one sentence."""
+    try:
+        backends.module("cuda", dtype)
+    except ValueError as error:
+        assert str(error).startswith("device 'cuda'") and "\n" not in str(error)
+        assert any(word in str(error) for word in ("built without CUDA", "cannot open shared object", "driver", "no CUDA device"))
+
+
 @every_op
 def test_empty_arrays(backend, op):
     """No rows: nothing to do, outputs of size 0."""
