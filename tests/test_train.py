@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import mambainllama as mil
+from conftest import on
 from mambainllama.data import Batches, read
 from mambainllama.recipe import load_recipe
 
@@ -37,15 +38,15 @@ def rows(seed, count=30):
 PLAN["eval_data"] = rows(2, 7)
 
 
-def pair(dtype="float32"):
+def pair(dtype="float32", device="cpu"):
     """A student that shares its weights with the teacher, and the teacher."""
-    teacher = mil.random(CONFIG, seed=1, dtype=dtype)
+    teacher = mil.random(CONFIG, seed=1, dtype=dtype, device=device)
     return mil.convert(teacher, mamba_layers=[]), teacher
 
 
-def distill(out=None, dtype="float32", **changes):
+def distill(out=None, dtype="float32", device="cpu", **changes):
     """A whole run of PLAN from a fresh student; → the student and the report."""
-    student, teacher = pair(dtype)
+    student, teacher = pair(dtype, device)
     return student, mil.distill(student, teacher, rows(1), {**PLAN, **changes}, out=out)
 
 
@@ -210,6 +211,21 @@ def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype, moments)
     (tmp_path / "checkpoint.npz.tmp").write_bytes(b"cut short too")
     student, _ = distill(tmp_path, dtype, moments=moments)
     same_end(tmp_path, student, whole, dtype, moments)
+
+
+@pytest.mark.parametrize("device, moments", [pytest.param(*p.values, moments, marks=p.marks) for p in on("cuda32", "cuda")
+                                             for moments in ("float32", "bfloat16")], indirect=["device"])
+def test_resumed_on_a_gpu(tmp_path, monkeypatch, device, moments):
+    """Two runs, one of them killed between two checkpoints of a stage: the same bits."""
+    plan = {"stages": [{"mamba_layers": [1], "steps": 2}, {"mamba_layers": [0, 1], "steps": 4}], "checkpoint_every": 2, "accumulate": 1,
+            "moments": moments, "recompute": moments == "bfloat16"}
+    whole, _ = distill(tmp_path / "whole", **device.how, **plan)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5, stop)
+        distill(tmp_path / "killed", **device.how, **plan)
+    student, report = distill(tmp_path / "killed", **device.how, **plan)
+    assert bits(student) == bits(whole) and report["steps"] == 6
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
 
 
 def test_bf16_moments_learn_and_are_kept_as_such():
