@@ -164,7 +164,7 @@ static unsigned generation; /* moves when scratch does: recorded graphs point in
 void *device_scratch(size_t bytes) {
   static void *scratch;
   static size_t size;
-  if (bytes > size) {
+  if (bytes > size || (synchronous() && bytes != size)) {
     device_free(scratch);
     scratch = device_alloc(bytes);
     size = scratch ? bytes : 0;
