@@ -80,6 +80,9 @@ __device__ static inline void load_16(float (&v)[4], const float *p) {
   float4 q = *(const float4 *)p;
   v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
 }
+__device__ static inline void unpack_16(float (&v)[4], uint4 q) {
+  v[0] = __uint_as_float(q.x), v[1] = __uint_as_float(q.y), v[2] = __uint_as_float(q.z), v[3] = __uint_as_float(q.w);
+}
 __device__ static inline void store_16(float *p, const float (&v)[4]) { *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]); }
 __device__ static inline void unpack_16(float (&v)[8], uint4 q) {
   v[0] = low_bf16(q.x), v[1] = high_bf16(q.x), v[2] = low_bf16(q.y), v[3] = high_bf16(q.y);
@@ -104,15 +107,6 @@ __device__ static inline void load_piece(float (&v)[REALS_16], const real *p) { 
 __device__ static inline void store_piece(real *p, const float (&v)[REALS_16]) { store_16(p, v); }
 static inline bool all_aligned(const void *a, const void *b = nullptr, const void *c = nullptr, const void *d = nullptr, const void *e = nullptr) {
   return !(((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d | (uintptr_t)e) & 15);
-}
-
-/* out[i] += sum_b part[b*n + i] in the order of b. */
-[[maybe_unused]] static __global__ void add_partials(float *out, const float *part, size_t blocks, size_t n) {
-  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-    float sum = out[i];
-    for (size_t b = 0; b < blocks; b++) sum += part[b * n + i];
-    out[i] = sum;
-  }
 }
 
 /* ---- reductions: a fixed order --------------------------------------------------------------------------------------------------- */

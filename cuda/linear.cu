@@ -294,46 +294,81 @@ void embedding_forward(real *y, Matrix w, const int32_t *ids, size_t M, size_t C
     LAUNCH_EARLY((embed<bf16>), (unsigned)M, 256, 0, y, (const bf16 *)w.data, ids, C, whole);
 }
 
-/* Block m adds the rows of all tokens that are ids[m], in order, if none of them stands before m: 256 * EACH columns of dw in
- * registers. */
-template <int EACH>
+/* Block m adds the rows of all tokens that are ids[m], in order, if none of them stands before m: REALS_16 columns a thread, in
+ * registers. Several rows are under way together: an id may be every twentieth. */
 static __global__ void __launch_bounds__(256)
-    embed_gradient(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C) {
-  __shared__ unsigned found[8];
-  const size_t m = blockIdx.x, column = (size_t)blockIdx.y * 256 * EACH + threadIdx.x;
+    embed_gradient(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C, bool whole) {
+  constexpr int RUN = 2048, EACH = REALS_16, AHEAD = 4;
+  __shared__ unsigned short found[RUN]; /* where in a run of tokens the id stands */
+  __shared__ unsigned counts[8];
+  const size_t m = blockIdx.x, column = ((size_t)blockIdx.y * 256 + threadIdx.x) * EACH;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, here = column < C ? (int)min(C - column, (size_t)EACH) : 0;
   const int32_t id = ids[m];
-  for (size_t i = 0; i < m; i += 2048) {
+  for (size_t i = 0; i < m; i += RUN) {
     int before = 0;
 #pragma unroll
-    for (int u = 0; u < 8; u++) {
+    for (int u = 0; u < RUN / 256; u++) {
       const size_t at = i + u * 256 + threadIdx.x;
       before |= at < m && ids[at] == id;
     }
     if (__syncthreads_or(before)) return;
   }
-  float sum[EACH];
+  float *const to = dw + (size_t)id * C + column;
+  float sum[EACH] = {};
+  auto fours = [&](auto f) {
+#pragma unroll
+    for (int e = 0; e < EACH; e += 4) f(sum + e, *(float4 *)(to + e));
+  };
+  if (whole && here)
+    fours([](float *s, float4 &v) { s[0] = v.x, s[1] = v.y, s[2] = v.z, s[3] = v.w; });
 #pragma unroll
   for (int e = 0; e < EACH; e++)
-    if (column + 256 * e < C) sum[e] = dw[(size_t)id * C + column + 256 * e];
-  for (size_t i = m; i < M; i += 256) {
-    const int same = i + threadIdx.x < M && ids[i + threadIdx.x] == id;
-    const unsigned mask = __ballot_sync(0xffffffffu, same);
-    if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = mask;
-    if (__syncthreads_or(same))
-      for (int w = 0; w < 8; w++)
-        for (unsigned left = found[w]; left; left &= left - 1) {
-          const real *row = dy + (i + 32 * w + __ffs((int)left) - 1) * C + column;
+    if (!whole && e < here) sum[e] = to[e];
+  for (size_t i = m; i < M; i += RUN) {
+    unsigned same[RUN / 256], count = 0, total = 0;
 #pragma unroll
-          for (int e = 0; e < EACH; e++)
-            if (column + 256 * e < C) sum[e] += load(row + 256 * e);
-        }
-    __syncthreads(); /* before found is written again */
+    for (int u = 0; u < RUN / 256; u++) {
+      const size_t at = i + warp * (RUN / 8) + u * 32 + lane;
+      same[u] = __ballot_sync(0xffffffffu, at < M && ids[at] == id);
+      count += __popc(same[u]);
+    }
+    if (lane == 0) counts[warp] = count;
+    if (!__syncthreads_or(count)) continue;
+    for (int w = 0; w < 8; w++) {
+      if (w == warp) count = total;
+      total += counts[w];
+    }
+#pragma unroll
+    for (int u = 0; u < RUN / 256; u++) {
+      if (same[u] >> lane & 1) found[count + __popc(same[u] & ((1u << lane) - 1))] = warp * (RUN / 8) + u * 32 + lane;
+      count += __popc(same[u]);
+    }
+    __syncthreads();
+    for (unsigned k = 0; k < total; k += AHEAD) {
+      float row[AHEAD][EACH] = {};
+#pragma unroll
+      for (int q = 0; q < AHEAD; q++) {
+        if (k + q >= total) break;
+        const real *from = dy + (i + found[k + q]) * C + column;
+        if (whole && here) load_16(row[q], from);
+        for (int e = 0; !whole && e < here; e++) row[q][e] = load(from + e);
+      }
+#pragma unroll
+      for (int q = 0; q < AHEAD; q++)
+        if (k + q < total)
+#pragma unroll
+          for (int e = 0; e < EACH; e++) sum[e] += row[q][e];
+    }
+    __syncthreads(); /* before found and counts are written again */
   }
+  if (whole && here)
+    fours([](const float *s, float4 &v) { v = make_float4(s[0], s[1], s[2], s[3]); });
 #pragma unroll
   for (int e = 0; e < EACH; e++)
-    if (column + 256 * e < C) dw[(size_t)id * C + column + 256 * e] = sum[e];
+    if (!whole && e < here) to[e] = sum[e];
 }
 
 void embedding_backward(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C) {
-  LAUNCH((embed_gradient<8>), dim3((unsigned)M, blocks_for(C, 256 * 8)), 256, 0, dw, dy, ids, M, C);
+  LAUNCH(embed_gradient, dim3((unsigned)M, blocks_for(C, 256 * REALS_16)), 256, 0, dw, dy, ids, M, C,
+         C % REALS_16 == 0 && all_aligned(dw, dy));
 }

@@ -1,7 +1,7 @@
 /* loss.cu - lm_head, softmax, cross-entropy, KL to a teacher and their gradient, over chunks of rows.
  *
- * A chunk's logits are floats; its gradient, of type `real`, goes into the student's logits where that is the same type. A block takes
- * a row: once through it for the sums, once for KL, once for the gradient. */
+ * A chunk's logits are floats; its gradient, of type `real`, goes into the student's logits where that is the same type. A
+ * block takes a row: once through it for maxima and sums, once for KL and the gradient, once more where that needs KL. */
 #include "common.cuh"
 
 namespace {
@@ -24,103 +24,136 @@ struct Softmax {
   float max, sum; /* max x, sum exp((x - max) beta) */
 };
 
-/* f(x's elements, u's, count) over a row, four at a time where rows begin at 16 bytes; u may be NULL. Thread t takes the pieces t, t +
- * THREADS, …, in order. */
-template <class F> __device__ void each_4(const float *x, const float *u, size_t V, F f) {
-  const bool whole = !(((uintptr_t)x | (uintptr_t)u) & 15);
+/* f(z's elements, u's, count, where) over a row, four at a time where rows begin at 16 bytes; u may be NULL. Thread t takes the
+ * pieces t, t + THREADS, …, in order. */
+template <class F> __device__ void each_4(const float *z, const float *u, size_t V, F f) {
+  const bool whole = !(((uintptr_t)z | (uintptr_t)u) & 15);
   const size_t cut = whole ? V / 4 * 4 : 0;
 #pragma unroll 2
   for (size_t i = 4 * threadIdx.x; i < cut; i += 4 * THREADS) {
     float a[4], b[4] = {};
-    load_16(a, x + i);
+    load_16(a, z + i);
     if (u) load_16(b, u + i);
-    f(a, b, 4, i);
+    f(a, b, Int<4>(), i);
   }
   for (size_t i = cut + threadIdx.x; i < V; i += THREADS) {
-    const float a[4] = {x[i]}, b[4] = {u ? u[i] : 0};
-    f(a, b, 1, i);
+    const float a[4] = {z[i]}, b[4] = {u ? u[i] : 0};
+    f(a, b, Int<1>(), i);
   }
 }
 
-/* Of the row, in every thread. */
-__device__ Softmax softmax(const float *x, float beta, size_t V) {
-  float max = -INFINITY, sum = 0;
-  each_4(x, nullptr, V, [&](const float *a, const float *, int n, size_t) {
-    for (int k = 0; k < n; k++) max = fmaxf(max, a[k]);
-  });
-  max = block_max(max);
-  each_4(x, nullptr, V, [&](const float *a, const float *, int n, size_t) {
-    float part = 0;
-    for (int k = 0; k < n; k++) part += exp_((a[k] - max) * beta);
-    sum += part;
-  });
-  return {max, block_sum(sum)};
+__device__ float exp_of(float x) { return exp2_approx(1.44269504f * x); }
+
+/* A thread's part of a softmax, about the largest that it has met. */
+struct Part {
+  Softmax s = {-INFINITY, 0};
+  template <int N> __device__ void add(const float (&x)[4], Int<N>, float beta) {
+    float top = x[0], part = 0;
+#pragma unroll
+    for (int k = 1; k < N; k++) top = fmaxf(top, x[k]);
+    if (top > s.max) s.sum *= exp_of((s.max - top) * beta), s.max = top;
+#pragma unroll
+    for (int k = 0; k < N; k++) part += exp_of((x[k] - s.max) * beta);
+    s.sum += part;
+  }
+  __device__ Softmax of_block(float beta) const {
+    const float max = block_max(s.max);
+    return {max, block_sum(s.sum * exp_of((s.max - max) * beta))};
+  }
+};
+
+__device__ void store_4(real *p, const float (&v)[4]) {
+  if constexpr (sizeof(real) == sizeof(float))
+    *(float4 *)(void *)p = make_float4(v[0], v[1], v[2], v[3]);
+  else
+    *(uint2 *)(void *)p = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
 }
 
 __device__ float weight_of(const float *w, const int32_t *target, size_t i) { return w ? w[i] : target[i] >= 0 ? 1.0f : 0.0f; }
 
-/* d = log t - log s of a logit, s = softmax(z beta), t = softmax(u beta); shift = log t.sum - log s.sum */
-__device__ float log_ratio(float u, float z, Softmax t, Softmax s, float beta, float shift) { return ((u - t.max) - (z - s.max)) * beta - shift; }
+struct Row {
+  const float *z, *u; /* (V); u NULL: no teacher */
+  real *dz;           /* (V); may be z */
+  Softmax p, s, t;    /* of z, z beta, u beta */
+  float beta, shift;  /* shift = log t.sum - log s.sum */
+  float wce, wkl, tau;
+  int64_t target;
+  int kind;
+  size_t V;
+};
 
-__global__ void loss_rows(Chunk r) {
-  const size_t i = blockIdx.x, V = r.V;
-  const float *z = r.z + i * V, *u = r.u ? r.u + i * V : nullptr;
-  const int32_t target = r.target[i];
-  const float wce = weight_of(r.wce, r.target, i), wkl = u ? weight_of(r.wkl, r.target, i) : 0, beta = 1 / r.tau;
-  real *dz = r.dz ? r.dz + i * V : nullptr;
-  if (wce == 0 && wkl == 0) { /* not asked for */
-    if (threadIdx.x == 0) r.ce[i] = r.kl[i] = 0;
-    for (size_t k = threadIdx.x; dz && k < V; k += THREADS) store(dz + k, 0);
+/* Once through a row. KL: the sum that is KL but for the division by the sum of exponentials; GRADIENT: dz, which needs `kl`
+ * where that is reverse. */
+template <bool KL, bool GRADIENT> __device__ double through(const Row &r, float kl) {
+  const float a = r.target < 0 ? 0 : r.wce / r.p.sum, w = r.u ? r.wkl * r.tau : 0, b = w / r.s.sum, c = r.u ? w / r.t.sum : 0;
+  double sum = 0;
+  each_4(r.z, r.u, r.V, [&](const float(&z)[4], const float(&u)[4], auto N, size_t at) {
+    float g[4], part = 0;
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      const float es = r.u ? exp_of((z[k] - r.s.max) * r.beta) : 0;
+      const float et = r.u && !r.kind ? exp_of((u[k] - r.t.max) * r.beta) : 0;
+      const float d = ((u[k] - r.t.max) - (z[k] - r.s.max)) * r.beta - r.shift; /* log t - log s */
+      if (KL) part += r.kind ? -es * d : et * d;
+      if (!GRADIENT) continue;
+      g[k] = a * (r.u && r.tau == 1 ? es : exp_of(z[k] - r.p.max));
+      if (r.u) g[k] += r.kind ? b * es * (-d - kl) : b * es - c * et;
+      if ((int64_t)(at + k) == r.target) g[k] -= r.wce;
+      if (N == 1) store(r.dz + at, g[k]);
+    }
+    if constexpr (GRADIENT && N == 4) store_4(r.dz + at, g);
+    sum += part;
+  });
+  return KL ? block_sum(sum) : 0;
+}
+
+__global__ void __launch_bounds__(THREADS) loss_rows(Chunk c) {
+  const size_t i = blockIdx.x, V = c.V;
+  Row r = {c.z + i * V, c.u ? c.u + i * V : nullptr, c.dz ? c.dz + i * V : nullptr};
+  r.target = c.target[i], r.tau = c.tau, r.beta = 1 / c.tau, r.kind = c.kind, r.V = V;
+  r.wce = weight_of(c.wce, c.target, i), r.wkl = r.u ? weight_of(c.wkl, c.target, i) : 0;
+  if (r.wce == 0 && r.wkl == 0) { /* not asked for */
+    if (threadIdx.x == 0) c.ce[i] = c.kl[i] = 0;
+    for (size_t k = threadIdx.x; r.dz && k < V; k += THREADS) store(r.dz + k, 0);
     return;
   }
-  const Softmax p = softmax(z, 1, V);
-  Softmax s = {0, 1}, t = {0, 1};
-  float shift = 0, kl = 0;
-  if (u) {
-    s = r.tau == 1 ? p : softmax(z, beta, V), t = softmax(u, beta, V);
-    const double exact = log((double)t.sum) - log((double)s.sum);
-    shift = (float)exact;
-    double sum = 0;
-    each_4(z, u, V, [&](const float *a, const float *b, int n, size_t) {
-      float part = 0;
-      for (int k = 0; k < n; k++) {
-        const float d = log_ratio(b[k], a[k], t, s, beta, shift);
-        part += r.kind ? -exp_((a[k] - s.max) * beta) * d : exp_((b[k] - t.max) * beta) * d;
-      }
-      sum += part;
-    });
-    kl = (float)(block_sum(sum) / (r.kind ? s.sum : t.sum) + (r.kind ? -1 : 1) * (shift - exact));
-  }
-  if (threadIdx.x == 0) {
-    r.ce[i] = target < 0 ? 0 : (float)(log((double)p.sum) + ((double)p.max - z[target]));
-    r.kl[i] = u ? fmaxf(kl, 0) * r.tau * r.tau : 0;
-  }
-  if (!dz) return;
-  __syncthreads(); /* dz may be z */
-  const float a = target < 0 ? 0 : wce / p.sum, b = u ? wkl * r.tau / s.sum : 0, c = u ? wkl * r.tau / t.sum : 0;
-  each_4(z, u, V, [&](const float *x, const float *y, int n, size_t at) {
-    for (int k = 0; k < n; k++) {
-      float g = a * exp_(x[k] - p.max);
-      if (u && r.kind) g += b * exp_((x[k] - s.max) * beta) * (-log_ratio(y[k], x[k], t, s, beta, shift) - kl);
-      if (u && !r.kind) g += b * exp_((x[k] - s.max) * beta) - c * exp_((y[k] - t.max) * beta);
-      if ((int64_t)(at + k) == target) g -= wce;
-      store(dz + at + k, g);
-    }
+  Part p, s, t;
+  const bool warm = r.u && r.tau != 1;
+  each_4(r.z, r.u, V, [&](const float(&z)[4], const float(&u)[4], auto N, size_t) {
+    p.add(z, N, 1);
+    if (warm) s.add(z, N, r.beta);
+    if (r.u) t.add(u, N, r.beta);
   });
+  r.p = p.of_block(1), r.s = warm ? s.of_block(r.beta) : r.p;
+  double exact = 0, sum = 0;
+  if (r.u) {
+    r.t = t.of_block(r.beta);
+    exact = log((double)r.t.sum) - log((double)r.s.sum);
+    r.shift = (float)exact;
+  }
+  if (threadIdx.x == 0) c.ce[i] = r.target < 0 ? 0 : (float)(log((double)r.p.sum) + ((double)r.p.max - r.z[r.target]));
+  __syncthreads(); /* dz may be z */
+  const bool apart = r.u && (r.kind || !r.dz);
+  if (apart) sum = through<true, false>(r, 0);
+  auto kl = [&] { return (float)(sum / (r.kind ? r.s.sum : r.t.sum) + (r.kind ? -1 : 1) * (r.shift - exact)); };
+  if (r.dz && r.u && !apart) sum = through<true, true>(r, 0);
+  if (r.dz && (!r.u || apart)) through<false, true>(r, kl());
+  if (threadIdx.x == 0) c.kl[i] = r.u ? fmaxf(kl(), 0) * r.tau * r.tau : 0;
 }
 
 /* z (n,V) float = h (n,C) w^T */
 void logits(float *z, const real *h, Matrix w, size_t n, size_t C, size_t V) { logits_forward(z, h, w, 1, n, C, V); }
 
 /* dh NULL: the losses alone */
-void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw, const float *wce,
-             const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
+             Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
   if (!M || !V) return;
   size_t rows = MAX_LOGITS / V + 1;
   rows = rows < MAX_ROWS ? rows : MAX_ROWS;
   rows = rows < M ? rows : M;
   const bool apart = dh && sizeof(real) != sizeof(float);
-  float *z = (float *)device_alloc(rows * V * sizeof(float)), *u = th ? (float *)device_alloc(rows * V * sizeof(float)) : nullptr;
+  float *z = (float *)device_alloc(rows * V * sizeof(float));
+  float *u = th ? (float *)device_alloc(rows * V * sizeof(float)) : nullptr;
   real *dz = apart ? (real *)device_alloc(rows * V * sizeof(real)) : dh ? (real *)z : nullptr;
   for (size_t m = 0; m < M && z && (u || !th) && (dz || !dh); m += rows) {
     const size_t n = rows < M - m ? rows : M - m;
@@ -137,11 +170,12 @@ void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w,
 
 }  // namespace
 
-void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw, const float *wce,
-                     const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
+                     const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
   lm_loss(ce, kl, nullptr, nullptr, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
 }
-void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
-                      const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
+                      Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
+                      size_t K) {
   lm_loss(ce, kl, dh, dw, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
 }

@@ -134,9 +134,14 @@ CASES = [
     ("rmsnorm", "odd width", dict(M=7, C=5)),
     ("rmsnorm", "many rows", dict(M=129, C=64)),
     ("rmsnorm", "tail after vectors, large eps", dict(M=3, C=257, eps=0.5)),
+    ("rmsnorm", "a warp a row", dict(M=19, C=200)),
+    ("rmsnorm", "a block a row", dict(M=9, C=2056)),
+    ("rmsnorm", "more than registers keep", dict(M=2, C=8200)),
     ("gated_rmsnorm", "one head", dict(M=1, H=1, P=3)),
     ("gated_rmsnorm", "odd head", dict(M=7, H=3, P=17)),
     ("gated_rmsnorm", "many rows", dict(M=129, H=2, P=64)),
+    ("gated_rmsnorm", "many heads", dict(M=5, H=35, P=40)),
+    ("gated_rmsnorm", "wide heads", dict(M=3, H=2, P=1032)),
     ("swiglu", "odd size", dict(M=7, F=13)),
     ("swiglu", "long", dict(M=129, F=64)),
     ("swiglu", "exp overflows", dict(M=3, F=33, spread=100)),
@@ -701,7 +706,7 @@ def test_linears_of_few_tokens_are_row_invariant(backend, K, O, bf16):
 
 
 @sanitize
-@pytest.mark.parametrize("M, V, C", [(600, 7, 5), (90, 4, 2100)])
+@pytest.mark.parametrize("M, V, C", [(600, 7, 5), (90, 4, 2100), (90, 4, 2104), (2100, 30, 8)])
 def test_embedding_gradient_adds_in_order(backend, M, V, C):
     r = np.random.default_rng(1)
     ids, dw = r.integers(0, V, (1, M)).astype("i4"), r.standard_normal((V, C)).astype("f4")

@@ -1,20 +1,15 @@
-/* scan.cu - the ladder of ../scan.cu, ../scan_backward.cu and ../conv1d.cu: what is left open in them as template arguments,
- * each against the others, then the ops. From the repository's root:
+/* dev/scan.cu - the ladder of ../scan.cu, ../scan_backward.cu and ../conv1d.cu: what is left open in them as template
+ * arguments, each against the others, then the ops. From the repository's root:
  *
  *   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DMIL_CUDA=1 -DMIL_BF16=1 \
- *        -Icsrc -Icuda cuda/dev/scan.cu cuda/device.cu -o /tmp/scan && /tmp/scan
+ *        -Icsrc -Icuda cuda/dev/scan.cu -o scan && ./scan
  *
  * Times are medians of graphs, in us a call. floor: the larger of bytes over 4.25 TB/s and exponentials over 16 a clock and
  * multiprocessor at 1.75 GHz. error: of y (dx) against the first rung's, in norm, over the first million. */
-#include <stdio.h>
-
-#include <algorithm>
-#include <vector>
-
-#include "common.cuh"
 #include "../scan.cu"
 #include "../scan_backward.cu"
 #include "../conv1d.cu"
+#include "device.cuh"
 
 constexpr double BYTES = 4.25e6, EXPS = 16 * 132 * 1.75e3; /* a us */
 
@@ -25,53 +20,28 @@ static __device__ float noise(size_t i, unsigned seed) {
   x = (x ^ x >> 16) * 0x85ebca6bu, x = (x ^ x >> 13) * 0xc2b2ae35u, x ^= x >> 16;
   return (float)x * 0x1p-31f - 1.0f;
 }
-template <class R> static __global__ void draw(R *p, size_t n, float mean, float spread, unsigned seed) {
+template <class R> static __global__ void draw_even(R *p, size_t n, float mean, float spread, unsigned seed) {
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
     store(p + i, mean + spread * noise(i, seed));
 }
-/* n of R, mean +- spread; never given back. */
-template <class R> static R *array(size_t n, float mean = 0, float spread = 1) {
+/* n of R, mean +- spread, evenly. */
+template <class R> static R *even(size_t n, float mean = 0, float spread = 1) {
   static unsigned seed;
-  R *p = (R *)device_alloc(n * sizeof(R));
-  LAUNCH((draw<R>), blocks_for(n, 256, 4096), 256, 0, p, n, mean, spread, ++seed);
-  return p;
-}
-static int32_t *integers(const std::vector<int32_t> &v) {
-  int32_t *p = (int32_t *)device_alloc(v.size() * sizeof *p);
-  device_push(p, v.data(), v.size() * sizeof *p);
-  CHECK(cudaStreamSynchronize(stream()));
+  R *p = array<R>(n);
+  LAUNCH((draw_even<R>), blocks_for(n, 256, 4096), 256, 0, p, n, mean, spread, ++seed);
   return p;
 }
 
 /* us of one call of f, which makes `calls`: recorded `repeat` times in a graph. */
 template <class F> static double time_us(F f, int calls = 1, int repeat = 4) {
-  f();
-  Recording *r = recording_new();
-  recording_begin();
-  for (int i = 0; i < repeat; i++) f();
-  recording_end(r);
-  cudaEvent_t from, to;
-  CHECK(cudaEventCreate(&from));
-  CHECK(cudaEventCreate(&to));
-  std::vector<float> times;
-  for (int i = 0; i < 9; i++) {
-    float ms = 0;
-    CHECK(cudaEventRecord(from, stream()));
-    recording_play(r);
-    CHECK(cudaEventRecord(to, stream()));
-    CHECK(cudaEventSynchronize(to));
-    CHECK(cudaEventElapsedTime(&ms, from, to));
-    if (i) times.push_back(ms);
-  }
-  recording_free(r);
-  std::sort(times.begin(), times.end());
-  return 1e3 * times[times.size() / 2] / repeat / calls;
+  return timed(repeat, [&](int) { f(); }, 9) / calls;
 }
 
 static std::vector<float> first_million(const real *p, size_t n) {
-  std::vector<float> v(std::min(n, (size_t)1000000));
-  pull_floats(v.data(), p, v.size());
-  return v;
+  const std::vector<real> v = pull(p, std::min(n, (size_t)1000000));
+  std::vector<float> floats;
+  for (real x : v) floats.push_back(real_to_float(x));
+  return floats;
 }
 static double apart(const std::vector<float> &a, const std::vector<float> &b) {
   double off = 0, size = 0;
@@ -81,7 +51,6 @@ static double apart(const std::vector<float> &a, const std::vector<float> &b) {
 static void row(const char *name, double us, double floor, double error = -1) {
   printf("%-58s %9.2f %9.2f %7.0f %%", name, us, floor, 100 * floor / us);
   if (error >= 0) printf("  error %.1e", error);
-  if (const char *failure = device_error()) printf("  %s", failure);
   printf("\n");
   fflush(stdout);
 }
@@ -92,16 +61,16 @@ static Scan many(size_t B, size_t T, size_t D, size_t J) {
   const size_t n = B * T * D;
   Scan s = {};
   s.B = B, s.T = T, s.D = D, s.N = STATES, s.J = J;
-  s.x = array<real>(n), s.dt = array<real>(n, -4, 1), s.z = array<real>(n), s.C = array<real>(n),
-  s.Bm = array<real>(B * T * J * STATES), s.dy = array<real>(n);
-  s.A_log = array<float>(D * STATES, 1.5f, 1.3f), s.Dskip = array<float>(D), s.dt_bias = array<float>(D, 0, 0.1f);
-  s.y = array<real>(n), s.dx = array<real>(n), s.ddt = array<real>(n), s.dz = array<real>(n), s.dC = array<real>(n),
-  s.dB = array<real>(B * T * J * STATES);
+  s.x = even<real>(n), s.dt = even<real>(n, -4, 1), s.z = even<real>(n), s.C = even<real>(n),
+  s.Bm = even<real>(B * T * J * STATES), s.dy = even<real>(n);
+  s.A_log = even<float>(D * STATES, 1.5f, 1.3f), s.Dskip = even<float>(D), s.dt_bias = even<float>(D, 0, 0.1f);
+  s.y = even<real>(n), s.dx = even<real>(n), s.ddt = even<real>(n), s.dz = even<real>(n), s.dC = even<real>(n),
+  s.dB = even<real>(B * T * J * STATES);
   scan_cut(s);
   s.group = 4;
-  s.part = array<float>(s.chunks * B * D * (STATES + 2)), s.checkpoints = array<real>(B * ceil_div(T, RUN) * D * STATES);
+  s.part = even<float>(s.chunks * B * D * (STATES + 2)), s.checkpoints = even<real>(B * ceil_div(T, RUN) * D * STATES);
   const size_t ends = s.chunks > 1 ? s.chunks * B * D : 1;
-  s.ends = array<float>(ends * STATES), s.starts = array<float>(ends * STATES), s.total = array<float>(ends, 1, 0.1f);
+  s.ends = even<float>(ends * STATES), s.starts = even<float>(ends * STATES), s.total = even<float>(ends, 1, 0.1f);
   return s;
 }
 
@@ -166,7 +135,7 @@ static void scan_many(size_t B, size_t T, size_t D, size_t J, bool ladder) {
     rung_back<3>(s, floor_back, dx);
     rung_back<4>(s, floor_back, dx);
   }
-  float *dA_log = array<float>(D * STATES), *dD = array<float>(D), *dbias = array<float>(D);
+  float *dA_log = even<float>(D * STATES), *dD = even<float>(D), *dbias = even<float>(D);
   const auto forward = [&] {
     selective_scan_forward(s.y, nullptr, Ring{}, s.x, s.dt, s.A_log, s.Bm, s.C, s.Dskip, s.dt_bias, s.z, Rows{}, B, T, D,
                            STATES, J);
@@ -185,23 +154,23 @@ static void scan_many(size_t B, size_t T, size_t D, size_t J, bool ladder) {
 static void scan_few(size_t B, size_t T, size_t D, size_t J, int accepted, size_t copies) {
   char name[96];
   const size_t n = B * T * D;
-  const real *x = array<real>(n), *dt = array<real>(n, -4, 1), *z = array<real>(n), *C = array<real>(n),
-             *Bm = array<real>(B * T * J * STATES);
-  const float *A_log = array<float>(D * STATES, 1.5f, 1.3f), *Dskip = array<float>(D), *bias = array<float>(D, 0, 0.1f);
-  real *y = array<real>(n);
+  const real *x = even<real>(n), *dt = even<real>(n, -4, 1), *z = even<real>(n), *C = even<real>(n),
+             *Bm = even<real>(B * T * J * STATES);
+  const float *A_log = even<float>(D * STATES, 1.5f, 1.3f), *Dskip = even<float>(D), *bias = even<float>(D, 0, 0.1f);
+  real *y = even<real>(n);
   std::vector<float *> state;
   std::vector<Ring> ring;
   for (size_t i = 0; i < copies; i++) {
-    state.push_back(array<float>(B * D * STATES));
-    ring.push_back(Ring{array<real>(B * RING_ROWS * D), array<real>(B * RING_ROWS * J * STATES),
-                        array<float>(B * RING_ROWS * D, 0.05f, 0.04f)});
+    state.push_back(even<float>(B * D * STATES));
+    ring.push_back(Ring{even<real>(B * RING_ROWS * D), even<real>(B * RING_ROWS * J * STATES),
+                        even<float>(B * RING_ROWS * D, 0.05f, 0.04f)});
   }
   std::vector<Rows> rows;
-  int32_t *keep = integers(std::vector<int32_t>(B, T == 1));
+  int32_t *keep = ints(std::vector<int32_t>(B, T == 1));
   double replayed = 0, folds = 0;
   for (int k = 0; k < SCAN_RING; k++) {
     const int pos = 8 * SCAN_RING + k * accepted, seen = pos - accepted;
-    int32_t *now = integers(std::vector<int32_t>(B, pos)), *before = integers(std::vector<int32_t>(B, seen));
+    int32_t *now = ints(std::vector<int32_t>(B, pos)), *before = ints(std::vector<int32_t>(B, seen));
     rows.push_back(Rows{nullptr, keep, nullptr, now, now, before});
     replayed += pos - seen / SCAN_RING * SCAN_RING, folds += pos / SCAN_RING > seen / SCAN_RING;
   }
@@ -227,10 +196,10 @@ static void scan_few(size_t B, size_t T, size_t D, size_t J, int accepted, size_
 static void conv(size_t B, size_t T, size_t X, size_t rep) {
   char name[96];
   const size_t D = X * rep;
-  const real *x = array<real>(B * T * X), *dy = array<real>(B * T * D);
-  real *y = array<real>(B * T * D), *dx = array<real>(B * T * X);
-  const float *w = array<float>(D * WIDTH), *bias = array<float>(D);
-  float *dw = array<float>(D * WIDTH), *dbias = array<float>(D);
+  const real *x = even<real>(B * T * X), *dy = even<real>(B * T * D);
+  real *y = even<real>(B * T * D), *dx = even<real>(B * T * X);
+  const float *w = even<float>(D * WIDTH), *bias = even<float>(D);
+  float *dw = even<float>(D * WIDTH), *dbias = even<float>(D);
   const double in = 2.0 * B * T * X, out = 2.0 * B * T * D;
   snprintf(name, sizeof name, "conv forward: B %zu, T %zu, %zu -> %zu channels", B, T, X, D);
   row(name, time_us([&] { conv1d_forward(y, nullptr, x, w, bias, Rows{}, 1, B, T, X, D, STATES, WIDTH, 0); }),
@@ -250,10 +219,10 @@ static void conv(size_t B, size_t T, size_t X, size_t rep) {
 static void conv_decode(size_t B, size_t X, size_t rep) {
   char name[96];
   const size_t D = X * rep, K = WIDTH - 1 + PENDING;
-  const real *x = array<real>(B * X);
-  real *y = array<real>(B * D), *cache = array<real>(B * K * X);
-  const float *w = array<float>(D * WIDTH), *bias = array<float>(D);
-  const Rows rows = {nullptr, nullptr, nullptr, integers(std::vector<int32_t>(B, 100)), nullptr, nullptr};
+  const real *x = even<real>(B * X);
+  real *y = even<real>(B * D), *cache = even<real>(B * K * X);
+  const float *w = even<float>(D * WIDTH), *bias = even<float>(D);
+  const Rows rows = {nullptr, nullptr, nullptr, ints(std::vector<int32_t>(B, 100)), nullptr, nullptr};
   snprintf(name, sizeof name, "conv decode: B %zu, %zu -> %zu channels", B, X, D);
   row(name, time_us([&] { conv1d_forward(y, cache, x, w, bias, rows, 1, B, 1, X, D, STATES, WIDTH, K); }, 1, 32),
       (2.0 * B * (5 * X + D) + 20.0 * D) / BYTES);

@@ -57,5 +57,6 @@ static inline float exp2_approx(float x) { return exp2f(x); }
 static inline float log2_approx(float x) { return log2f(x); }
 static inline float reciprocal_approx(float x) { return 1.0f / x; }
 static inline uint4 load_streaming(const void *p) { uint4 v; memcpy(&v, p, 16); return v; }
+static inline void forget(uint4 &) {}
 static inline void prefetch_l2(const void *) {}
 #endif
