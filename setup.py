@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
               "_cpu_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 PRECISIONS = {"_cuda": [("MIL_GPU", "1"), ("MIL_BF16", "1")], "_cuda32": [("MIL_GPU", "1")]}
 LINK = []
+POOL = ThreadPoolExecutor(os.cpu_count())  # of the GPU modules' compilers
 if os.environ.get("MIL_WERROR") == "1":
     FLAGS.append("-Werror")
 if os.environ.get("MIL_SANITIZE") == "1":
@@ -37,8 +39,10 @@ if os.environ.get("MIL_SANITIZE") == "1":
 
 
 def wheels(*patterns):
-    """Folders of the environment's NVIDIA wheels (nvidia/cu13/…) that hold a file of that name."""
-    roots = [Path(p) / "nvidia" for p in sys.path if (Path(p) / "nvidia").is_dir()]
+    """Folders of the environment's NVIDIA wheels (nvidia/cu13/…) that hold a file of that name; pip builds us outside
+    of the environment that it installs to."""
+    places = dict.fromkeys([*sys.path, sysconfig.get_path("purelib")])
+    roots = [Path(p) / "nvidia" for p in places if (Path(p) / "nvidia").is_dir()]
     return [found.parent for pattern in patterns for root in roots for found in sorted(root.glob(f"**/{pattern}"))]
 
 
@@ -47,22 +51,24 @@ class Toolkit:
 
     def __init__(self):
         home = os.environ.get("CUDA_HOME")
-        nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-        if not nvcc:
-            nvcc = next((str(p / "nvcc") for p in wheels("bin/nvcc")), None)
-        self.nvcc = nvcc
-        self.missing = None if nvcc else "nvcc (CUDA_HOME, PATH, or the wheel nvidia-cuda-nvcc)"
-        if not nvcc:
-            return
+        self.nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        self.nvcc = self.nvcc or next((str(p / "nvcc") for p in wheels("bin/nvcc")), None)
         roots = [Path(home)] if home else []
-        roots += [Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda")]
-        self.include = [p for p in (r / "include" for r in roots) if p.is_dir()] + wheels("include/cublasLt.h", "include/cuda_runtime.h")
-        folders = [p for r in roots for p in (r / "lib64", r / "lib") if p.is_dir()] + wheels("libcublasLt.so*", "libcudart_static.a")
+        roots += [Path(self.nvcc).resolve().parent.parent] if self.nvcc else []
+        roots.append(Path("/usr/local/cuda"))
+        include = [r / "include" for r in roots] + wheels("include/cublasLt.h", "include/cuda_runtime.h")
+        self.include = [p for p in dict.fromkeys(include) if p.is_dir()]
+        folders = [p for r in roots for p in (r / "lib64", r / "lib") if p.is_dir()]
+        folders += wheels("libcublasLt.so*", "libcudart_static.a")
         self.cudart = next((p / "libcudart_static.a" for p in folders if (p / "libcudart_static.a").exists()), None)
         self.cublas = next((found for p in folders for found in sorted(p.glob("libcublasLt.so*"))), None)
-        header = any((p / "cublasLt.h").exists() for p in self.include)
-        if not (self.cudart and self.cublas and header):
-            self.missing = "cuBLASLt and the static CUDA runtime (the CUDA Toolkit, or the wheel nvidia-cublas)"
+
+        def header(name):
+            return any((p / name).exists() or (p / "cccl" / name).exists() for p in self.include)
+        parts = {"nvidia-cuda-nvcc": self.nvcc, "nvidia-cuda-runtime": self.cudart, "nvidia-cuda-cccl": header("nv/target"),
+                 "nvidia-cublas": self.cublas and header("cublasLt.h")}
+        lacking = ", ".join(name for name, found in parts.items() if not found)
+        self.missing = lacking and f"the CUDA Toolkit (CUDA_HOME, or nvcc on PATH), or the wheels {lacking}"
 
     def command(self, source, target, macros):
         archs = os.environ.get("MIL_CUDA_ARCHS", "80 90a 100 120").split()
@@ -81,8 +87,8 @@ class Emulator:
 
     def command(self, source, target, macros):
         sanitize = [f for f in FLAGS if f.startswith("-f") and "sanitize" in f or f == "-g"]
-        return [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O2", "-g1", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function",
-                *sanitize, *macros, "-Itests/emulator", "-Icsrc", "-Icuda", "-c", source, "-o", target]
+        return [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O2", "-g1", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-Wall",
+                "-Wno-unknown-pragmas", "-Wno-unused-function", *sanitize, *macros, "-Itests/emulator", "-Icsrc", "-Icuda", "-c", source, "-o", target]
 
 
 def gpu_tools():
@@ -146,8 +152,7 @@ class Build(build_ext):
                 subprocess.run(TOOLS.command(source, target, flags), check=True)
             return target
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(build, sources))
+        return list(POOL.map(build, sources))
 
 
 MODULES = [extension(name, CPU, flags) for name, flags in LEVELS.items()]

@@ -4,8 +4,10 @@ On the CPU a 1B shape.
 The limits are measured in the same run: sgemm (SciPy's OpenBLAS) on the model's own matrix shapes at 512 rows, for
 prefill; the sum of 2 GiB of float32 on the same threads, for decode, whose floor is one read of the weights. Medians; the last line is JSON.
 
-On a GPU (--shape 8B 3B 1B, --batch, --context): milliseconds a token of whole decoding rounds as generate makes them (greedy choice
-included), prefill of 2048 tokens, and memory a sequence. The floor of a step is one read of weights, K/V and states at 4.25 TB/s.
+On a GPU the grid of --shape, --attention, --context and --batch, all of it by default: milliseconds a token of whole decoding rounds as
+generate makes them (greedy choice included), behind a context that one row has read and the others copy, and memory a sequence; and
+prefill of 2048 tokens. What does not fit the card's memory is left out and says so. The floor of a round is one read of weights, K/V and
+states at 4.25 TB/s, that of a prefill the products of the weights at 704 TFLOP/s.
 """
 import argparse
 import json
@@ -18,8 +20,6 @@ from scipy.linalg.blas import sgemm
 
 import mambainllama as mil
 from mambainllama import backend
-from mambainllama.config import architecture
-from mambainllama.info import memory
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
           "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
@@ -59,10 +59,11 @@ def read_rate(threads, repeat):
 SHAPES = {"8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False},
           "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
           "1B": {}}
-BANDWIDTH = 4.25e12
+BANDWIDTH, FLOPS = 4.25e12, 704e12
+STEPS = 28  # rounds of one measurement
 
 
-def decode_ms(model, state, batch, steps):
+def decode_ms(model, state, batch):
     slots, zero = np.arange(batch, dtype=np.int32), np.zeros(batch, np.int32)
     none = np.zeros(batch, np.float32)
     choices = (none, zero, none + 1, none)
@@ -73,61 +74,84 @@ def decode_ms(model, state, batch, steps):
 
     for _ in range(4):  # the first are issued plainly, then recorded
         step()
-    return 1e3 * seconds(step, steps)
+    return 1e3 * seconds(step, STEPS - 4)
+
+
+def full_state(model, batch, context, rounds):
+    """A State of `batch` rows behind one random context, with room for `rounds` measurements; and its bytes a row."""
+    before = model.module.memory()[0]
+    state = mil.State(model, batch, context + rounds * STEPS)
+    held = (model.module.memory()[0] - before) / batch
+    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, context))
+    for start in range(0, context, 2048):
+        model.logits(ids[:, start:start + 2048], state, slot=[0], last=1)
+    for row in range(1, batch):
+        state.copy(row, 0)
+    return state, held
+
+
+def prefill_rows(model, name, weights):
+    for batch in (1, 4):
+        state, ids = mil.State(model, batch, 2048), np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (batch, 2048))
+
+        def prefill():
+            state.reset()
+            model.logits(ids, state, last=1)
+        prefill()
+        yield {"model": name, "batch": batch, "prefill": 2048, "ms": 1e3 * seconds(prefill, 5), "floor_ms": 2e3 * weights * batch * 2048 / FLOPS,
+               "bytes_per_sequence": None}
+
+
+def decode_rows(model, name, weights, contexts, batches):
+    """Of each context: one State of the largest batch that fits serves the smaller ones too."""
+    for context in contexts:
+        state = None
+        for batch in sorted(batches, reverse=True):
+            try:
+                state, held = state and (state, held) or full_state(model, batch, context, len(batches))
+            except MemoryError:
+                yield {"model": name, "batch": batch, "context": context, "ms": None}
+                continue
+            yield {"model": name, "batch": batch, "context": context, "ms": decode_ms(model, state, batch),
+                   "floor_ms": 1e3 * (2 * weights + batch * held) / BANDWIDTH, "bytes_per_sequence": int(held)}
 
 
 def gpu(args):
-    rows = []
-    print(f"{'model':34s} {'batch':>5s} {'context':>7s} {'prefill 2048 ms':>16s} {'ms/token':>9s} {'floor':>6s} {'tokens/s':>9s} {'MiB a sequence':>15s}")
+    rows, start = [], time.perf_counter()
+    print(f"{'model':34s} {'batch':>5s} {'context':>12s} {'ms':>9s} {'floor':>7s} {'tokens/s':>9s} {'MiB a sequence':>15s}")
     for shape in args.shape:
         teacher = mil.random(CONFIG | SHAPES[shape], dtype="bfloat16", device="cuda")
         for share in args.attention:
-            model = teacher if share == 1 else mil.convert(teacher, attention=share)
-            sizes = memory(architecture(model.config, model.mamba_config))  # of float32
-            weights = 2 * sum(np.prod(size) for name, size in model.names.items() if len(size) == 2 and not ("embed" in name and "lm_head.weight" in model.names))
-            for context in args.context:
-                each = sizes["kv_bytes_per_token"] / 2 * (context + 64) + sizes["state_bytes_per_sequence"]
-                for batch in args.batch:
-                    if batch * each > args.memory * 2**30:
-                        continue
-                    before = model.module.memory()[0]
-                    state = mil.State(model, batch, context + 64)
-                    held = (model.module.memory()[0] - before) / batch
-                    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, context))
-                    for start in range(0, context, 2048):
-                        model.logits(ids[:, start:start + 2048], state, slot=[0], last=1)
-                    for row in range(1, batch):
-                        state.copy(row, 0)
-                    ms = decode_ms(model, state, batch, 24)
-                    floor = 1e3 * (weights + batch * held) / BANDWIDTH
-                    prefill = float("nan")
-                    if context >= 2048:
-                        def first():
-                            state.reset([0])
-                            model.logits(ids[:, :2048], state, slot=[0], last=1)
-                        prefill = 1e3 * seconds(first, 5)
-                        for start in range(2048, context, 2048):
-                            model.logits(ids[:, start:start + 2048], state, slot=[0], last=1)
-                    name = f"{shape} " + ("Transformer" if share == 1 else f"{share:g} attention, Mamba-2")
-                    rows.append({"model": name, "batch": batch, "context": context, "prefill_2048_ms": prefill, "ms_per_token": ms, "floor_ms": floor,
-                                 "tokens_per_second": 1e3 * batch / ms, "bytes_per_sequence": int(held)})
-                    print(f"{name:34s} {batch:5d} {context:7d} {prefill:16.1f} {ms:9.3f} {floor:6.2f} {1e3 * batch / ms:9.0f} {held / 2**20:15.1f}", flush=True)
-                    del state
+            model = teacher if share == 1 else mil.convert(teacher, attention=share, mixer=args.mixer)
+            name = f"{shape} " + ("Transformer" if share == 1 else f"{share:g} attention, {args.mixer}")
+            tied = "lm_head.weight" not in model.names
+            weights = sum(int(np.prod(size)) for key, size in model.names.items() if len(size) == 2 and (tied or "embed" not in key))
+            body = weights - int(np.prod(model.names["model.embed_tokens.weight"]))  # a prefill has logits of one token
+            for row in (*prefill_rows(model, name, body), *decode_rows(model, name, weights, args.context, args.batch)):
+                rows.append(row)
+                where = f"{name:34s} {row['batch']:5d} " + (f"{'prefill 2048':>12s}" if "prefill" in row else f"{row['context']:12d}")
+                if row["ms"] is None:
+                    print(f"{where}   does not fit the memory", flush=True)
+                    continue
+                row["tokens_per_second"] = 1e3 * row["batch"] * row.get("prefill", 1) / row["ms"]
+                held = f"{row['bytes_per_sequence'] / 2**20:15.1f}" if row["bytes_per_sequence"] else ""
+                print(f"{where} {row['ms']:9.3f} {row['floor_ms']:7.2f} {row['tokens_per_second']:9.0f} {held}", flush=True)
             del model
         del teacher
-    print(json.dumps({"rows": rows}))
+    print(json.dumps({"module": "mambainllama._cuda", "mixer": args.mixer, "seconds": time.perf_counter() - start, "rows": rows}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--attention", type=float, nargs="*", default=[1, 0.5, 0], help="shares of layers that keep attention")
+    parser.add_argument("--attention", type=float, nargs="*", help="shares of layers that keep attention (default 1 0.5 0, on a GPU 1 0.5 0.25 0)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", nargs="*", default=["8B"], choices=list(SHAPES), help="on a GPU")
+    parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="on a GPU")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 64], help="on a GPU")
     parser.add_argument("--context", type=int, nargs="*", default=[512, 8192, 32768], help="on a GPU")
-    parser.add_argument("--memory", type=float, default=60, help="GiB of states to try at most, on a GPU")
+    parser.add_argument("--mixer", default="mamba2", choices=["mamba1", "mamba2"], help="on a GPU")
     args = parser.parse_args()
+    args.attention = args.attention or ([1, 0.5, 0.25, 0] if args.device == "cuda" else [1, 0.5, 0])
     if args.device == "cuda":
         return gpu(args)
     threads = backend.workers()

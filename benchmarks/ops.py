@@ -225,6 +225,9 @@ def gpu_cases(m):
     n = 1 << 26
     p = randn(n)
     yield "adamw 64 Mi parameters", "adamw", dict(w=p, m=p * 0, v=p * 0, grad=p, lr=1e-3, b1=0.9, b2=0.99, eps=1e-8, decay=0.0, step=1), 28e-9 * n, None
+    half = np.zeros(n, np.uint16)
+    yield ("adamw 64 Mi parameters, bf16 moments", "adamw", dict(w=p, m=half, v=half.copy(), grad=p, lr=1e-3, b1=0.9, b2=0.99, eps=1e-8, decay=0.0, step=1),
+           20e-9 * n, None)
     h, table, target = randn(2048, 4096), big[:128256], rng.integers(0, 128256, 2048).astype(np.int32)
     yield "lm_loss backward 2048 rows, V 128256, teacher", "lm_loss_backward", dict(h=h, w=table, target=target, th=h, tw=table), None, 6e-12 * 2048 * 4096 * 128256
     logits = randn(8, 128256)

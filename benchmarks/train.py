@@ -2,7 +2,8 @@
 
 A step is forward of the teacher, forward and backward of the student (KL, one forward more of it with recompute), the gradient norm and AdamW
 on `*mamba*`; everything else is frozen and shared. Random weights and tokens. The floor counts 2 FLOPs a weight and token for each
-forward, 2 for the gradient of the activations and 2 for that of the trained weights, at 704 TFLOP/s. The last line is JSON.
+forward, 2 for the gradient of the activations and 2 for that of the trained weights, at 704 TFLOP/s. Peak: the most device memory in use
+at once during the row's steps, teacher and student and everything else together. The last line is JSON.
 """
 import argparse
 import json
@@ -14,6 +15,30 @@ from decode import CONFIG, SHAPES
 import mambainllama as mil
 
 
+def measure(source, args, batch, recompute):
+    """A row: a fresh student and teacher over source's weights."""
+    teacher = mil.convert(source, mamba_layers=[])
+    student = mil.convert(teacher, attention=args.attention, mixer=args.mixer)
+    student.trainable(["*mamba*"])
+    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (batch, args.length + 1)).astype(np.int32)
+    x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
+    student.module.memory(True)
+    times = []
+    for step in range(args.steps):
+        start = time.perf_counter()
+        student.loss(x, y, teacher=teacher, ce=0.1, kl=1.0, backward=True, recompute=recompute)
+        norm = student.grad_norm()
+        student.step(1e-5, scale=min(1.0, 1.0 / norm), step=step + 1, moments=args.moments)
+        student.zero_grad()
+        times.append(time.perf_counter() - start)
+    body = sum(int(np.prod(size)) for name, size in source.names.items() if len(size) == 2 and "embed" not in name)
+    trained = sum(int(np.prod(size)) for name, size in student.names.items() if "mamba" in name and len(size) == 2)
+    flops = 2 * body * (2 + recompute) + 2 * body + 2 * trained
+    seconds = min(times[1:])
+    return {"batch": batch, "recompute": recompute, "seconds": seconds, "tokens_per_second": batch * args.length / seconds,
+            "floor_tokens_per_second": 704e12 / flops, "peak_gib": student.module.memory()[1] / 2**30}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
@@ -21,35 +46,23 @@ def main():
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--attention", type=float, default=0.5, help="the share of layers that keep attention")
     parser.add_argument("--mixer", default="mamba2", choices=["mamba1", "mamba2"])
+    parser.add_argument("--moments", default="bfloat16", choices=["float32", "bfloat16"], help="AdamW's")
+    parser.add_argument("--recompute", nargs="*", default=["on", "off"], choices=["on", "off"])
     args = parser.parse_args()
-    teacher = mil.random(CONFIG | SHAPES[args.shape], dtype="bfloat16", device=args.device)
-    matrices = {name: int(np.prod(size)) for name, size in teacher.names.items() if len(size) == 2 and "embed" not in name}
-    rows = []
+    source = mil.random(CONFIG | SHAPES[args.shape], dtype="bfloat16", device=args.device)
+    print(f"{source.module.__name__}: {args.shape}, {args.attention:g} attention, {args.mixer}, {args.moments} moments, {args.length} tokens a row\n")
     print(f"{'batch':>5s} {'recompute':>9s} {'ms/step':>9s} {'tokens/s':>9s} {'floor tokens/s':>15s} {'peak GiB':>9s}")
-    for recompute in (True, False):
+    rows = []
+    for recompute in args.recompute:
         for batch in args.batch:
-            student = mil.convert(teacher, attention=0.5, mixer=args.mixer)
-            student.trainable(["*mamba*"])
-            trained = sum(int(np.prod(size)) for name, size in student.names.items() if "mamba" in name and len(size) == 2)
-            ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (batch, args.length + 1)).astype(np.int32)
-            x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
-            times = []
-            for step in range(args.steps):
-                start = time.perf_counter()
-                student.loss(x, y, teacher=teacher, ce=0.1, kl=1.0, backward=True, recompute=recompute)
-                norm = student.grad_norm()
-                student.step(1e-5, scale=min(1.0, 1.0 / norm), step=step + 1)
-                student.zero_grad()
-                times.append(time.perf_counter() - start)
-            seconds = min(times[1:])
-            body = sum(matrices.values())
-            flops = 2 * body * (2 + recompute) + 2 * body + 2 * trained
-            peak = student.module.memory()[1] / 2**30
-            rows.append({"batch": batch, "recompute": recompute, "seconds": seconds, "tokens_per_second": batch * args.length / seconds, "peak_gib": peak})
-            print(f"{batch:5d} {str(recompute):>9s} {1e3 * seconds:9.1f} {batch * args.length / seconds:9.0f} {704e12 / flops:15.0f} {peak:9.1f}", flush=True)
-            del student
-    print(json.dumps({"shape": args.shape, "mixer": args.mixer, "length": args.length, "rows": rows}))
+            row = measure(source, args, batch, recompute == "on")
+            rows.append(row)
+            print(f"{batch:5d} {recompute:>9s} {1e3 * row['seconds']:9.1f} {row['tokens_per_second']:9.0f} "
+                  f"{row['floor_tokens_per_second']:15.0f} {row['peak_gib']:9.1f}", flush=True)
+    print(json.dumps({"shape": args.shape, "attention": args.attention, "mixer": args.mixer, "moments": args.moments, "length": args.length,
+                      "rows": rows}))
 
 
 if __name__ == "__main__":

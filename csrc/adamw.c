@@ -1,24 +1,47 @@
 /* adamw.c - the optimiser's step and the sum of squares of a gradient, each one pass over the arena. */
 #include "device.h"
-#include "ops.h"
+#include "philox.h"
 
-/* Elements updated before they are rounded to bf16; elements a partial sum. Work is shared out in whole ones. */
+/* Elements updated before they are rounded to bf16 (a multiple of 4); elements a partial sum. Work is shared out in whole ones. */
 enum { UPDATE = 2048, PARTIAL = 1 << 15 };
 
 typedef struct {
-  float *w, *m, *v;
+  float *w;
+  void *m, *v;
   const float *grad;
   uint16_t *rounded; /* of w, or NULL */
+  int halves;        /* m and v are bf16 */
   float lr, b1, b2, eps, decay, gscale, c1, c2;
-  size_t n;
+  size_t step, n;
+  uint64_t key;
 } AdamW;
 
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 
+static void widen(float *to, const uint16_t *from, size_t n) {
+  for (size_t i = 0; i < n; i++) to[i] = bf16_to_float(from[i]);
+}
+
+static void narrow(const AdamW *a, const float *m, const float *v, size_t from, size_t n) {
+  uint16_t *to_m = (uint16_t *)a->m + from, *to_v = (uint16_t *)a->v + from;
+  uint32_t word[4];
+  for (size_t i = 0; i < n; i++) {
+    if (i % 4 == 0) moment_bits(word, a->key, (from + i) / 4, a->step);
+    to_m[i] = round_at_random(m[i], word[i % 4] & 0xffff);
+    to_v[i] = round_at_random(v[i], word[i % 4] >> 16);
+  }
+}
+
 static void update(const AdamW *a, size_t from, size_t n) {
-  float *restrict w = a->w + from, *restrict m = a->m + from, *restrict v = a->v + from;
+  float wide[2][UPDATE];
+  float *restrict w = a->w + from, *restrict m = a->halves ? wide[0] : (float *)a->m + from;
+  float *restrict v = a->halves ? wide[1] : (float *)a->v + from;
   const float *restrict grad = a->grad + from;
   const float lr = a->lr, b1 = a->b1, b2 = a->b2, eps = a->eps, decay = a->decay, gscale = a->gscale, c1 = a->c1, c2 = a->c2;
+  if (a->halves) {
+    widen(m, (const uint16_t *)a->m + from, n);
+    widen(v, (const uint16_t *)a->v + from, n);
+  }
   for (size_t i = 0; i < n; i++) {
     float g = gscale * grad[i];
     m[i] = b1 * m[i] + (1 - b1) * g;
@@ -26,6 +49,7 @@ static void update(const AdamW *a, size_t from, size_t n) {
     w[i] -= lr * (m[i] * c1 / (sqrtf(v[i] * c2) + eps) + decay * w[i]);
   }
   for (size_t i = from; a->rounded && i < from + n; i++) a->rounded[i] = float_to_bf16(a->w[i]);
+  if (a->halves) narrow(a, m, v, from, n);
 }
 
 static void updates(void *arg, size_t i, size_t end, size_t worker) {
@@ -34,9 +58,11 @@ static void updates(void *arg, size_t i, size_t end, size_t worker) {
   for (; i < end; i++) update(a, i * UPDATE, min(UPDATE, a->n - i * UPDATE));
 }
 
-void adamw(void *w, float *master, float *m, float *v, const float *grad, int type, float lr, float b1, float b2, float eps,
-           float decay, float gscale, size_t step, size_t n) {
-  AdamW a = {type == FLOAT32 ? w : master, m, v, grad, type == FLOAT32 ? NULL : w, lr, b1, b2, eps, decay, gscale, 0, 0, n};
+void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
+           float decay, float gscale, size_t step, uint64_t key, size_t n) {
+  AdamW a = {.w = type == FLOAT32 ? w : master, .m = m, .v = v, .grad = grad, .rounded = type == FLOAT32 ? NULL : w,
+             .halves = moments == BFLOAT16, .lr = lr, .b1 = b1, .b2 = b2, .eps = eps, .decay = decay, .gscale = gscale,
+             .step = step, .n = n, .key = key};
   a.c1 = (float)(1 / (1 - pow(b1, (double)step)));
   a.c2 = (float)(1 / (1 - pow(b2, (double)step)));
   parallel(updates, &a, (n + UPDATE - 1) / UPDATE, 20.0 * UPDATE);

@@ -103,7 +103,8 @@ static void drop_moments(Param *p) {
   device_free(p->m);
   device_free(p->v);
   device_free(p->master);
-  p->m = p->v = p->master = NULL;
+  p->m = p->v = NULL;
+  p->master = NULL;
 }
 
 void param_release(Param *p) {
@@ -264,30 +265,35 @@ int model_gradients(Model *m) {
   return 0;
 }
 
-int model_step(Model *m, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step) {
+int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step) {
   size_t layer;
   m->version++;
   for (size_t i = 0; i < param_count(m); i++) {
     Param *p = param_at(m, i, &layer);
     if (!gradient(m, p)) continue;
-    if (param_own(p) || param_moments(p)) return -1;
-    adamw(p->buffer->data, p->master, p->m, p->v, gradient(m, p), p->type, lr, b1, b2, eps, decay, gscale, step, p->n);
+    if (param_own(p) || param_moments(p, moments)) return -1;
+    adamw(p->buffer->data, p->master, p->m, p->v, gradient(m, p), p->type, moments, lr, b1, b2, eps, decay, gscale, step, i, p->n);
   }
   return 0;
 }
 
-int param_moments(Param *p) {
-  if (p->m) return 0;
-  p->m = device_alloc(p->n * sizeof(float));
-  p->v = device_alloc(p->n * sizeof(float));
-  p->master = p->type == BFLOAT16 ? device_alloc(p->n * sizeof(float)) : NULL;
-  if (!p->m || !p->v || (p->type == BFLOAT16 && !p->master)) {
+int param_moments(Param *p, int moments) {
+  const size_t bytes = p->n * (moments == FLOAT32 ? 4 : 2);
+  if (p->m && p->moments == moments) return 0;
+  device_free(p->m);
+  device_free(p->v);
+  p->moments = moments;
+  p->m = device_alloc(bytes);
+  p->v = device_alloc(bytes);
+  const int fresh = p->type == BFLOAT16 && !p->master;
+  if (fresh) p->master = device_alloc(p->n * sizeof(float));
+  if (!p->m || !p->v || (fresh && !p->master)) {
     drop_moments(p);
     return -1;
   }
-  device_zero(p->m, p->n * sizeof(float));
-  device_zero(p->v, p->n * sizeof(float));
-  if (p->master) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
+  device_zero(p->m, bytes);
+  device_zero(p->v, bytes);
+  if (fresh) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
   return 0;
 }
 

@@ -87,7 +87,9 @@ typedef struct {
   Buffer *buffer;
   int trainable;
   size_t gradient;       /* offset in the arena */
-  float *m, *v, *master; /* AdamW's moments; float weights where the matrix is bf16. NULL before the first step */
+  int moments;           /* their type: FLOAT32 | BFLOAT16 */
+  void *m, *v;           /* AdamW's moments. NULL before the first step */
+  float *master;         /* float weights where the matrix is bf16; with the moments */
 } Param;
 
 /* Bump allocator of activations: blocks while a call grows, one block of the peak from the next call on. */
@@ -171,11 +173,13 @@ int model_set_kind(Model *m, size_t layer, int kind); /* the old mixer's paramet
 void param_share(Param *to, const Param *from);
 void param_release(Param *p);
 int param_own(Param *p);     /* copy on write: afterwards the buffer is this parameter's alone; -1: out of memory */
-int param_moments(Param *p); /* allocates m, v (zero) and master (the weights) if there are none; -1: out of memory */
+/* Allocates m and v (zero) of type `moments` if there are none or of the other type, and master (the weights) if there is none; -1:
+ * out of memory. */
+int param_moments(Param *p, int moments);
 size_t param_bytes(const Param *p);
 void param_set_trainable(Model *m, Param *p, int trainable);
 int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
-int model_step(Model *m, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
+int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
 
 /* out: sums over rows of ce and kl. Weights (M) host, per row; gradient of sum wce ce + wkl kl when backward. */
 int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,

@@ -345,6 +345,10 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
     PyErr_Format(PyExc_ValueError, "%s: argument 'step' counts from 1, got 0", op->name);
     return -1;
   }
+  if (step >= 0 && a[1].type != a[2].type) {
+    PyErr_Format(PyExc_ValueError, "%s: arguments 'm' and 'v' must be of one dtype", op->name);
+    return -1;
+  }
   i = find_param(op, "temperature");
   if (kind >= 0 && a[i].given && a[i].number <= 0) {
     PyErr_Format(PyExc_ValueError, "%s: argument 'temperature' must be positive", op->name);
@@ -535,11 +539,12 @@ static PyObject *py_missing(PyObject *self, PyObject *none) {
   return what ? PyUnicode_FromString(what) : Py_NewRef(Py_None);
 }
 
-static PyObject *py_memory(PyObject *self, PyObject *none) {
+static PyObject *py_memory(PyObject *self, PyObject *args) {
   (void)self;
-  (void)none;
+  int reset = 0;
   size_t used, peak;
-  device_memory(&used, &peak);
+  if (!PyArg_ParseTuple(args, "|p", &reset)) return NULL;
+  device_memory(&used, &peak, reset);
   return Py_BuildValue("nn", (Py_ssize_t)used, (Py_ssize_t)peak);
 }
 
@@ -549,7 +554,8 @@ static PyMethodDef functions[] = {
     {"missing", py_missing, METH_NOARGS, "missing() -> why there is no device to compute on, or None."},
     {"time_op", (PyCFunction)(void (*)(void))py_time_op, METH_FASTCALL | METH_KEYWORDS,
      "time_op(name, repeat, **arguments) -> seconds of one of `repeat` calls in a row, arguments and results staying on the device."},
-    {"memory", py_memory, METH_NOARGS, "memory() -> (bytes in use, most ever in use) of the device; zeros where memory is the system's."},
+    {"memory", py_memory, METH_VARARGS,
+     "memory(reset=False) -> (bytes in use, the most since the last reset) of the device; zeros where memory is the system's."},
     {"sum_squares", py_sum_squares, METH_O, "sum_squares(g float32 (n,)) -> float: the sum of squares, in double."},
     {0}};
 

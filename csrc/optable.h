@@ -101,10 +101,11 @@ ROW(lm_loss_backward, LOSS_ARGS "dw%!?:vc -> ce%:m kl%:m dh:mc", "v>0", 0,
     "lm_loss_forward and the gradient of sum wce ce + wkl kl: dh =, dw +=.",
     lm_loss_backward(f(10), f(11), r(12), f(9), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0),
                           n['m'], n['c'], n['v'], n['k']))
-ROW(adamw, "w%!:n m%!:n v%!:n grad%:n lr%:1 b1%:1 b2%:1 eps%:1 decay%:1 step@:1 gscale%?:1 ->", "", 0,
-    "AdamW with decoupled decay (Loshchilov & Hutter 2019); gradients are multiplied by gscale (default 1) first.",
-    adamw(f(0), NULL, f(1), f(2), f(3), FLOAT32, num(4, 0), num(5, 0), num(6, 0), num(7, 0), num(8, 0), num(10, 1),
-               whole(9, 1), n['n']))
+ROW(adamw, "w%!:n m#!:n v#!:n grad%:n lr%:1 b1%:1 b2%:1 eps%:1 decay%:1 step@:1 gscale%?:1 key@?:1 ->", "", 0,
+    "AdamW with decoupled decay (Loshchilov & Hutter 2019); gradients are multiplied by gscale (default 1) first. Moments in bf16 are\n"
+    "rounded at random, by Philox(key, index, step).",
+    adamw(f(0), NULL, a[1].data, a[2].data, f(3), FLOAT32, a[1].type, num(4, 0), num(5, 0), num(6, 0), num(7, 0), num(8, 0), num(10, 1),
+          whole(9, 1), whole(11, 0), n['n']))
 ROW(sample, "logits%:bv temperature%:b top_k@:b top_p%:b min_p%:b u%:b -> token@:b", "v>0", 0,
     "Temperature, top-k, top-p, min-p, then the inverse CDF at u in [0,1). temperature 0: the first largest logit.",
     sample(i32(6), f(0), f(1), i32(2), f(3), f(4), f(5), n['b'], n['v']))

@@ -19,6 +19,17 @@ HD void philox(uint32_t out[4], const uint32_t counter[4], uint64_t seed) {
   out[0] = a, out[1] = b, out[2] = c, out[3] = d;
 }
 
+/* x in bf16, one of the two around it, at random so that x is the mean; `random` 16 bits. NaN stays NaN. */
+HD uint16_t round_at_random(float x, uint32_t random) {
+  const uint32_t u = float_to_bits(x);
+  return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : (u + random) >> 16);
+}
+/* adamw (ops.h): the random bits of elements 4 i … 4 i + 3, a word each: m takes the low half, v the high one. */
+HD void moment_bits(uint32_t word[4], uint64_t key, size_t i, size_t step) {
+  const uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32), (uint32_t)step, 2};
+  philox(word, counter, key);
+}
+
 HD double open_unit(uint32_t word) { return (word + 0.5) * 0x1p-32; } /* (0,1) */
 
 HD double fresh_draw(int how, double a, double b, const uint32_t word[4], size_t i) {

@@ -29,10 +29,18 @@ static pthread_mutex_t computing = PTHREAD_MUTEX_INITIALIZER; /* one model call 
   Py_END_ALLOW_THREADS
 
 /* NULL, with an exception if something failed on the device. */
-static PyObject *finish(int failed) {
+static PyObject *finish(const char *where, int failed) {
   const char *what = device_error();
-  if (failed || what) return raise_failure("model", what ? what : "out of memory");
+  if (failed || what) return raise_failure(where, what ? what : "out of memory");
   Py_RETURN_NONE;
+}
+
+/* A result, unless something failed on the device. */
+static PyObject *checked(const char *where, PyObject *result) {
+  PyObject *none = result ? finish(where, 0) : NULL;
+  if (!none) Py_CLEAR(result);
+  Py_XDECREF(none);
+  return result;
 }
 
 /* ---- Model: construction ---------------------------------------------------------------------------------------------------- */
@@ -119,7 +127,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     Py_DECREF(rope);
   }
   if (failed) {
-    if (!PyErr_Occurred()) Py_XDECREF(finish(1));
+    if (!PyErr_Occurred()) Py_XDECREF(finish("Model", 1));
     Py_DECREF(self);
     return NULL;
   }
@@ -131,7 +139,7 @@ static PyObject *model_clone_(PyObject *self, PyObject *none) {
   ModelObject *clone = (ModelObject *)model_type->tp_alloc(model_type, 0);
   if (!clone || !model_clone(&clone->m, &((ModelObject *)self)->m)) return (PyObject *)clone;
   Py_DECREF(clone);
-  return finish(1);
+  return finish("Model.clone", 1);
 }
 
 static void model_dealloc(PyObject *self) {
@@ -191,8 +199,9 @@ static PyObject *pull_array(const Param *p, int type, const void *data) {
   npy_intp shape[3];
   int axes = shape_of(p, shape);
   PyObject *array = PyArray_SimpleNew(axes, shape, type);
-  if (array) device_pull(PyArray_DATA((PyArrayObject *)array), data, p->n * (type == NPY_FLOAT32 ? 4 : 2));
-  return array;
+  if (!array) return NULL;
+  device_pull(PyArray_DATA((PyArrayObject *)array), data, p->n * (type == NPY_FLOAT32 ? 4 : 2));
+  return checked("Model.get", array);
 }
 
 static PyObject *model_raw(PyObject *self, PyObject *name) {
@@ -236,7 +245,7 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
   Param *p = find((ModelObject *)self, name);
   if (!p || !fits(p, value, name, 1)) return NULL;
   ((ModelObject *)self)->m.version++;
-  if (param_own(p)) return finish(1);
+  if (param_own(p)) return finish("Model.set", 1);
   PyArrayObject *a = (PyArrayObject *)value;
   Matrix src = {PyArray_DATA(a), PyArray_TYPE(a) == NPY_FLOAT32 ? FLOAT32 : BFLOAT16};
   void *staged = NULL;
@@ -252,7 +261,7 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
   device_push(p->buffer->data, staged ? staged : src.data, param_bytes(p));
   free(staged);
   if (p->master) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
-  return finish(0);
+  return finish("Model.set", 0);
 }
 
 static PyObject *model_grad(PyObject *self, PyObject *name) {
@@ -267,9 +276,10 @@ static PyObject *model_moments(PyObject *self, PyObject *name) {
   Param *p = find((ModelObject *)self, name);
   if (!p) return NULL;
   if (!p->m) Py_RETURN_NONE;
-  PyObject *m = pull_array(p, NPY_FLOAT32, p->m), *v = pull_array(p, NPY_FLOAT32, p->v);
+  const int type = p->moments == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16;
+  PyObject *m = pull_array(p, type, p->m), *v = pull_array(p, type, p->v);
   PyObject *w = p->master ? pull_array(p, NPY_FLOAT32, p->master) : Py_NewRef(Py_None);
-  return Py_BuildValue("NNN", m, v, w);
+  return Py_BuildValue("NNN", m, v, w); /* NULL if one of them is */
 }
 
 static PyObject *model_set_moments(PyObject *self, PyObject *args) {
@@ -280,12 +290,14 @@ static PyObject *model_set_moments(PyObject *self, PyObject *args) {
   if ((value[2] == Py_None) != (p->type == FLOAT32))
     return PyErr_Format(PyExc_ValueError, "%U: master weights go with bf16 matrices, and only with them", name);
   for (int i = 0; i < 3; i++)
-    if ((i < 2 || value[i] != Py_None) && !fits(p, value[i], name, 0)) return NULL;
-  if (param_moments(p)) return finish(1);
-  float *to[] = {p->m, p->v, p->master};
+    if ((i < 2 || value[i] != Py_None) && !fits(p, value[i], name, i < 2)) return NULL;
+  const int type = PyArray_TYPE((PyArrayObject *)value[0]);
+  if (PyArray_TYPE((PyArrayObject *)value[1]) != type) return PyErr_Format(PyExc_ValueError, "%U: m and v must be of one dtype", name);
+  if (param_moments(p, type == NPY_FLOAT32 ? FLOAT32 : BFLOAT16)) return finish("Model.set_moments", 1);
+  void *to[] = {p->m, p->v, p->master};
   for (int i = 0; i < 3; i++)
-    if (to[i]) device_push(to[i], PyArray_DATA((PyArrayObject *)value[i]), p->n * sizeof(float));
-  return finish(0);
+    if (to[i]) device_push(to[i], PyArray_DATA((PyArrayObject *)value[i]), p->n * (i < 2 && type == NPY_UINT16 ? 2 : 4));
+  return finish("Model.set_moments", 0);
 }
 
 static PyObject *model_set_trainable(PyObject *self, PyObject *args) {
@@ -302,7 +314,7 @@ static PyObject *model_zero_grad(PyObject *self, PyObject *none) {
   (void)none;
   Model *m = &((ModelObject *)self)->m;
   if (m->gradients) device_zero(m->gradients, m->gradient_count * sizeof(float));
-  Py_RETURN_NONE;
+  return finish("Model.zero_grad", 0);
 }
 
 static PyObject *model_grad_norm(PyObject *self, PyObject *none) {
@@ -310,19 +322,28 @@ static PyObject *model_grad_norm(PyObject *self, PyObject *none) {
   Model *m = &((ModelObject *)self)->m;
   double total = 0;
   COMPUTE(total = m->gradients ? sum_squares(m->gradients, m->gradient_count) : 0)
-  return PyFloat_FromDouble(sqrt(total));
+  return checked("Model.grad_norm", PyFloat_FromDouble(sqrt(total)));
 }
 
 static PyObject *model_step_(PyObject *self, PyObject *args) {
   Model *m = &((ModelObject *)self)->m;
   float lr, b1, b2, eps, decay, scale;
   Py_ssize_t step;
-  if (!PyArg_ParseTuple(args, "ffffffn", &lr, &b1, &b2, &eps, &decay, &scale, &step)) return NULL;
+  int half;
+  if (!PyArg_ParseTuple(args, "ffffffnp", &lr, &b1, &b2, &eps, &decay, &scale, &step, &half)) return NULL;
   if (step < 1) return PyErr_Format(PyExc_ValueError, "step counts from 1, got %zd", step);
   if (!m->gradients) return PyErr_Format(PyExc_ValueError, "there are no gradients to step on: no backward has run yet");
+  const int moments = half ? BFLOAT16 : FLOAT32;
+  size_t layer;
+  for (size_t i = 0; i < param_count(m); i++) {
+    const Param *p = param_at(m, i, &layer);
+    if (gradient(m, p) && p->m && p->moments != moments)
+      return PyErr_Format(PyExc_ValueError, "the moments are %s, and this step is to keep %s ones: set_moments gives them anew",
+                          half ? "float32" : "bfloat16", half ? "bfloat16" : "float32");
+  }
   int failed;
-  COMPUTE(failed = model_step(m, lr, b1, b2, eps, decay, scale, (size_t)step))
-  return finish(failed);
+  COMPUTE(failed = model_step(m, moments, lr, b1, b2, eps, decay, scale, (size_t)step))
+  return finish("Model.step", failed);
 }
 
 /* ---- Model: layers ---------------------------------------------------------------------------------------------------------------- */
@@ -347,7 +368,7 @@ static PyObject *model_convert_(PyObject *self, PyObject *args) {
   if (layer < 0 || (size_t)layer >= o->m.c.layers || o->m.kind[layer] != ATTENTION || kind == ATTENTION)
     return PyErr_Format(PyExc_ValueError, "layer %zd cannot become %U: it must be one of the model's attention layers", layer, name);
   o->version++;
-  return finish(model_convert(&o->m, (size_t)layer, kind, init, seed));
+  return finish("Model.convert", model_convert(&o->m, (size_t)layer, kind, init, seed));
 }
 
 static PyObject *model_randomize_(PyObject *self, PyObject *args) {
@@ -355,7 +376,7 @@ static PyObject *model_randomize_(PyObject *self, PyObject *args) {
   float std;
   if (!PyArg_ParseTuple(args, "Kf", &seed, &std)) return NULL;
   model_randomize(&((ModelObject *)self)->m, seed, std);
-  return finish(0);
+  return finish("Model.randomize", 0);
 }
 
 static PyObject *model_set_rope(PyObject *self, PyObject *args) {
@@ -453,7 +474,7 @@ static PyObject *model_logits_(PyObject *self, PyObject *args, PyObject *kwargs)
   if (!out || !B || !T) return out;
   int failed;
   COMPUTE(failed = model_logits(&o->m, state ? &state->s : NULL, PyArray_DATA((PyArrayObject *)out), ids, &rows, extend, last >= 0, n, B, T))
-  PyObject *none = finish(failed);
+  PyObject *none = finish("Model.logits", failed);
   if (!none) Py_CLEAR(out);
   Py_XDECREF(none);
   return out;
@@ -490,7 +511,7 @@ static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
   double out[2] = {0, 0};
   int failed = 0;
   if (B && T) COMPUTE(failed = model_loss(&o->m, t, out, ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
-  PyObject *none = finish(failed);
+  PyObject *none = finish("Model.loss", failed);
   if (!none) return NULL;
   Py_DECREF(none);
   return Py_BuildValue("dd", out[0], out[1]);
@@ -541,7 +562,7 @@ static PyObject *model_round_(PyObject *self, PyObject *args) {
     COMPUTE(failed = model_round(&o->m, &state->s, draft ? &draft->m : NULL, draft ? &draft_state->s : NULL, &r, DATA(proposed), DATA(accepted),
                                  DATA(token), want ? DATA(logits) : NULL))
 #undef DATA
-    none = finish(failed);
+    none = finish("Model.round", failed);
   }
   if (none) {
     Py_DECREF(none);
@@ -561,13 +582,13 @@ static PyMethodDef model_methods[] = {
     {"raw", model_raw, METH_O, "raw(name) -> the parameter as stored: float32, or uint16 (the bits of bf16)"},
     {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16)"},
     {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
-    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), or None before the first step"},
+    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step"},
     {"set_moments", model_set_moments, METH_VARARGS, "set_moments(name, m, v, master)"},
     {"set_trainable", model_set_trainable, METH_VARARGS, "set_trainable(name, bool)"},
     {"clone", model_clone_, METH_NOARGS, "clone() -> a model that shares every parameter until one of the two writes it"},
     {"zero_grad", model_zero_grad, METH_NOARGS, "zero_grad()"},
     {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of all gradients"},
-    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step): AdamW on the trainable parameters"},
+    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on the trainable parameters"},
     {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed)"},
     {"randomize", model_randomize_, METH_VARARGS, "randomize(seed, std)"},
     {"set_rope", model_set_rope, METH_VARARGS, "set_rope(inv_freq, scale)"},
@@ -598,7 +619,7 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   self->s.capacity = (size_t)capacity;
   if (!state_init(&self->s, &self->model->m)) return (PyObject *)self;
   Py_DECREF(self);
-  return finish(1);
+  return finish("State", 1);
 }
 
 static void state_dealloc(PyObject *self) {
@@ -647,7 +668,7 @@ static PyObject *state_commit_(PyObject *self, PyObject *args) {
     }
   }
   for (size_t b = 0; b < B; b++) state_commit(s, (size_t)rows[b], (size_t)n[b], path ? path + b * width : NULL);
-  return finish(0);
+  return finish("State.commit", 0);
 }
 
 static PyObject *state_reset_(PyObject *self, PyObject *rows_value) {
@@ -656,7 +677,7 @@ static PyObject *state_reset_(PyObject *self, PyObject *rows_value) {
   const int32_t *rows = ints(rows_value, "rows", B, 0, (long)s->slots - 1);
   if (!rows) return NULL;
   for (size_t b = 0; b < B; b++) state_reset(s, (size_t)rows[b]);
-  return finish(0);
+  return finish("State.reset", 0);
 }
 
 static PyObject *state_copy_(PyObject *self, PyObject *args) {
@@ -666,7 +687,7 @@ static PyObject *state_copy_(PyObject *self, PyObject *args) {
   if (to < 0 || from < 0 || (size_t)to >= s->slots || (size_t)from >= s->slots)
     return PyErr_Format(PyExc_ValueError, "copy: rows %zd and %zd must lie in 0 to %zu", to, from, s->slots - 1);
   state_copy(s, (size_t)to, (size_t)from);
-  return finish(0);
+  return finish("State.copy", 0);
 }
 
 static Cache *cache_at(State *s, size_t i) { return &s->layer[i / MOST_CACHES][i % MOST_CACHES]; }
@@ -693,7 +714,7 @@ static PyObject *state_dump(PyObject *self, PyObject *none) {
     if (!array || PyList_Append(list, array)) Py_CLEAR(list);
     Py_XDECREF(array);
   }
-  return list;
+  return checked("State.save", list);
 }
 
 static PyObject *state_restore(PyObject *self, PyObject *list) {
@@ -727,7 +748,7 @@ static PyObject *state_restore(PyObject *self, PyObject *list) {
   }
   int32_t *to[] = {s->pos, s->pending, s->seen};
   for (int n = 0; n < 3; n++) memcpy(to[n], counter[n], s->slots * sizeof(int32_t));
-  return finish(0);
+  return finish("State.load", 0);
 }
 
 static PyMethodDef state_methods[] = {{"commit", state_commit_, METH_VARARGS, "commit(rows, n, path or None)"},

@@ -1,17 +1,20 @@
 /* adamw.cu - the optimiser's step and the sum of squares of a gradient, each one pass: four elements a load where the arrays
  * allow it. */
 #include "common.cuh"
+#include "philox.h"
 
 namespace {
 
 enum { PARTIAL = 1 << 15 }; /* elements of one partial sum of squares */
 
 struct Update {
-  void *weights;    /* of `type` */
-  float *w, *m, *v; /* w: weights, or their master */
+  void *weights;     /* of `type` */
+  float *w;          /* weights, or their master */
   const float *grad;
   int type;
   float lr, b1, b2, eps, decay, gscale, c1, c2; /* c: what takes the bias from m and v */
+  size_t step;
+  uint64_t key;
 
   __device__ void one(float &w, float &m, float &v, float g) const {
     g *= gscale;
@@ -20,23 +23,56 @@ struct Update {
   }
 };
 
-__global__ void update(Update u, size_t n, size_t fours) {
+/* Moments, float or bf16. `random`: 16 bits each. */
+__device__ void load_4(float (&x)[4], const float *p) { load_16(x, p); }
+__device__ void load_4(float (&x)[4], const uint16_t *p) {
+  const uint2 q = *(const uint2 *)p;
+  x[0] = low_bf16(q.x), x[1] = high_bf16(q.x), x[2] = low_bf16(q.y), x[3] = high_bf16(q.y);
+}
+__device__ void store_4(uint16_t *p, const float (&x)[4], const uint32_t (&random)[4]) {
+  unsigned h[4];
+  for (int k = 0; k < 4; k++) h[k] = round_at_random(x[k], random[k]);
+  *(uint2 *)p = make_uint2(h[0] | h[1] << 16, h[2] | h[3] << 16);
+}
+__device__ float widen(float x) { return x; }
+__device__ float widen(uint16_t x) { return bf16_to_float(x); }
+
+/* S: float or uint16_t, what the moments are kept in. */
+template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size_t fours) {
   const size_t stride = (size_t)gridDim.x * blockDim.x, first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  constexpr bool HALF = sizeof(S) == 2;
   for (size_t i = first; i < fours; i += stride) {
     float w[4], m[4], v[4], g[4];
     load_16(w, u.w + 4 * i);
-    load_16(m, u.m + 4 * i);
-    load_16(v, u.v + 4 * i);
+    load_4(m, ms + 4 * i);
+    load_4(v, vs + 4 * i);
     load_16(g, u.grad + 4 * i);
 #pragma unroll
     for (int k = 0; k < 4; k++) u.one(w[k], m[k], v[k], g[k]);
     store_16(u.w + 4 * i, w);
-    store_16(u.m + 4 * i, m);
-    store_16(u.v + 4 * i, v);
+    if constexpr (HALF) {
+      uint32_t word[4], low[4], high[4];
+      moment_bits(word, u.key, i, u.step);
+      for (int k = 0; k < 4; k++) low[k] = word[k] & 0xffff, high[k] = word[k] >> 16;
+      store_4(ms + 4 * i, m, low);
+      store_4(vs + 4 * i, v, high);
+    } else {
+      store_16(ms + 4 * i, m);
+      store_16(vs + 4 * i, v);
+    }
     if (u.type != FLOAT32) ((uint2 *)u.weights)[i] = make_uint2(pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]));
   }
   for (size_t i = 4 * fours + first; i < n; i += stride) {
-    u.one(u.w[i], u.m[i], u.v[i], u.grad[i]);
+    float m = widen(ms[i]), v = widen(vs[i]);
+    u.one(u.w[i], m, v, u.grad[i]);
+    if constexpr (HALF) {
+      uint32_t word[4];
+      moment_bits(word, u.key, i / 4, u.step);
+      const uint32_t mine = i % 4 == 0 ? word[0] : i % 4 == 1 ? word[1] : i % 4 == 2 ? word[2] : word[3];
+      ms[i] = round_at_random(m, mine & 0xffff), vs[i] = round_at_random(v, mine >> 16);
+    } else {
+      ms[i] = m, vs[i] = v;
+    }
     if (u.type != FLOAT32) ((uint16_t *)u.weights)[i] = float_to_bf16(u.w[i]);
   }
 }
@@ -65,12 +101,16 @@ __global__ void add_up(double *part, size_t n) {
 
 }  // namespace
 
-void adamw(void *w, float *master, float *m, float *v, const float *grad, int type, float lr, float b1, float b2, float eps,
-           float decay, float gscale, size_t step, size_t n) {
+void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
+           float decay, float gscale, size_t step, uint64_t key, size_t n) {
   const float c1 = (float)(1 / (1 - pow((double)b1, (double)step))), c2 = (float)(1 / (1 - pow((double)b2, (double)step)));
-  const Update u = {w, type == FLOAT32 ? (float *)w : master, m, v, grad, type, lr, b1, b2, eps, decay, gscale, c1, c2};
+  const Update u = {w, type == FLOAT32 ? (float *)w : master, grad, type, lr, b1, b2, eps, decay, gscale, c1, c2, step, key};
   const size_t fours = all_aligned(w, u.w, m, v, grad) ? n / 4 : 0;
-  LAUNCH(update, blocks_for(fours ? ceil_div(n, 4) : n, 256, 32 * multiprocessors()), 256, 0, u, n, fours);
+  const unsigned blocks = blocks_for(fours ? ceil_div(n, 4) : n, 256, 32 * multiprocessors());
+  if (moments == FLOAT32)
+    LAUNCH(update<float>, blocks, 256, 0, u, (float *)m, (float *)v, n, fours);
+  else
+    LAUNCH(update<uint16_t>, blocks, 256, 0, u, (uint16_t *)m, (uint16_t *)v, n, fours);
 }
 
 double sum_squares(const float *g, size_t n) {

@@ -28,7 +28,8 @@ static cublasLtHandle_t handle() {
   return h;
 }
 static void *workspace() {
-  static void *p = device_alloc(WORKSPACE);
+  static void *p;
+  if (!p) p = device_alloc(WORKSPACE);
   return p;
 }
 

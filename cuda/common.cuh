@@ -16,7 +16,7 @@ extern "C" {
 
 cudaStream_t stream(); /* the one stream; made at first use */
 int multiprocessors();
-bool synchronous(); /* MIL_CUDA_SYNC=1: wait after every launch, so that an error names its kernel */
+bool synchronous(); /* MIL_CUDA_SYNC=1: wait after every launch, so that an error names its kernel, and hide nothing from tools */
 /* Latches the first error as "what (file:line): CUDA's sentence"; cudaSuccess: nothing. */
 void latch(cudaError_t error, const char *what, const char *file, int line);
 #define CHECK(call) latch(call, #call, __FILE__, __LINE__)

@@ -4,11 +4,13 @@
 
 #include <map>
 #include <mutex>
+#include <thread>
 #include <unordered_map>
 
 #include "common.cuh"
 
 static std::recursive_mutex lock_;
+typedef std::lock_guard<std::recursive_mutex> Guard;
 void device_lock(void) { lock_.lock(); }
 void device_unlock(void) { lock_.unlock(); }
 
@@ -25,11 +27,14 @@ static void fail(const char *what) {
 void device_fail(const char *what) { fail(what); }
 
 void latch(cudaError_t error, const char *what, const char *file, int line) {
-  if (error == cudaSuccess || failed) return;
+  if (error == cudaSuccess) return;
+  cudaGetLastError(); /* forget it where it can be forgotten */
+  if (failed) return;
   const char *name = strrchr(file, '/');
   char text[512];
-  snprintf(text, sizeof text, "%s (%s:%d): %s", what, name ? name + 1 : file, line, cudaGetErrorString(error));
-  cudaGetLastError(); /* forget it where it can be forgotten */
+  const bool kernel = error >= 700 && error < 720 && !synchronous(); /* what a kernel of before did: illegal address … launch failure */
+  snprintf(text, sizeof text, "%s (%s:%d): %s%s", what, name ? name + 1 : file, line, cudaGetErrorString(error),
+           kernel ? "; with MIL_CUDA_SYNC=1 the error names its kernel" : "");
   fail(text);
 }
 
@@ -71,24 +76,28 @@ size_t workers(void) { return 1; }
 
 const char *device_missing(void) {
   static char text[256];
-  int n = 0;
+  int n = 0, driver = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
   if (error == cudaSuccess && n > 0) return nullptr;
   cudaGetLastError();
-  snprintf(text, sizeof text, "%s", error == cudaSuccess ? "no CUDA device" : cudaGetErrorString(error));
+  CHECK(cudaDriverGetVersion(&driver)); /* 0: none */
+  const char *what = error == cudaSuccess ? "no CUDA device" : cudaGetErrorString(error);
+  snprintf(text, sizeof text, driver ? "%s" : "there is no NVIDIA driver (libcuda.so.1) on this machine", what);
   return text;
 }
 
 /* ---- memory ------------------------------------------------------------------------------------------------------------------
  *
  * Freed blocks are kept by size and given out again to requests of at least 7/8 of them; all work is in one stream, so a block may
- * change hands at once. When the device refuses, everything kept goes back and the request is tried once more. */
+ * change hands at once. When the device refuses, everything kept goes back and the request is tried once more. MIL_CUDA_SYNC=1: blocks
+ * are neither rounded up nor kept, so that compute-sanitizer sees what lies outside of them. */
 
 static std::unordered_map<void *, size_t> given; /* block: its size */
 static std::multimap<size_t, void *> kept;
 static size_t used, most_used;
 
 static size_t round_size(size_t n) {
+  if (synchronous()) return n + !n;
   const size_t unit = n < (1 << 20) ? 512 : 1 << 20;
   return (n + unit - 1 + !n) / unit * unit;
 }
@@ -101,6 +110,7 @@ static void give_back_all() {
 }
 
 void *device_alloc(size_t bytes) {
+  Guard guard(lock_);
   const size_t size = round_size(bytes);
   void *p = nullptr;
   size_t got = size;
@@ -135,19 +145,26 @@ void *device_alloc(size_t bytes) {
 
 void device_free(void *p) {
   if (!p) return;
+  Guard guard(lock_); /* Python frees models and States while another thread computes */
   auto found = given.find(p);
   used -= found->second;
-  kept.emplace(found->second, p);
+  if (synchronous())
+    CHECK(cudaFree(p));
+  else
+    kept.emplace(found->second, p);
   given.erase(found);
 }
 
-void device_memory(size_t *now, size_t *most) { *now = used, *most = most_used; }
+void device_memory(size_t *now, size_t *most, int reset) {
+  *now = used, *most = most_used;
+  if (reset) most_used = used;
+}
 
 static unsigned generation; /* moves when scratch does: recorded graphs point into it */
 void *device_scratch(size_t bytes) {
   static void *scratch;
   static size_t size;
-  if (bytes > size) {
+  if (bytes > size || (synchronous() && bytes != size)) {
     device_free(scratch);
     scratch = device_alloc(bytes);
     size = scratch ? bytes : 0;
@@ -169,9 +186,9 @@ static void *pinned(size_t bytes) {
 }
 
 static void push_small(void *device, const void *host, size_t bytes) {
-  static char *ring = (char *)pinned(RING);
+  static char *ring;
   static size_t at;
-  if (!ring) return;
+  if (!ring && !(ring = (char *)pinned(RING))) return;
   if (at + bytes > RING) {
     CHECK(cudaStreamSynchronize(stream())); /* once in 4 MB: what was in the ring has been fetched */
     at = 0;
@@ -181,6 +198,18 @@ static void push_small(void *device, const void *host, size_t bytes) {
   at += (bytes + 63) / 64 * 64;
 }
 
+/* By a few threads: one fills neither the bus to the card nor, where `from` is a mapped file, the disk's queue. */
+static void copy_together(char *to, const char *from, size_t n) {
+  enum { THREADS = 4 };
+  const size_t part = (n / THREADS + 4095) / 4096 * 4096;
+  std::thread helper[THREADS];
+  for (int i = 1; i < THREADS && i * part < n; i++)
+    helper[i] = std::thread([=] { memcpy(to + i * part, from + i * part, n - i * part < part ? n - i * part : part); });
+  memcpy(to, from, n < part ? n : part);
+  for (std::thread &t : helper)
+    if (t.joinable()) t.join();
+}
+
 static void push_large(void *device, const void *host, size_t bytes) {
   static struct {
     char *data;
@@ -188,20 +217,20 @@ static void push_large(void *device, const void *host, size_t bytes) {
   } piece[2];
   for (size_t i = 0, turn = 0; i < bytes; i += LARGE, turn ^= 1) {
     const size_t n = bytes - i < LARGE ? bytes - i : LARGE;
-    if (!piece[turn].data) {
-      piece[turn].data = (char *)pinned(LARGE);
-      CHECK(cudaEventCreateWithFlags(&piece[turn].fetched, cudaEventDisableTiming));
-    } else {
+    if (piece[turn].data) {
       CHECK(cudaEventSynchronize(piece[turn].fetched));
+    } else {
+      if (!(piece[turn].data = (char *)pinned(LARGE))) return;
+      CHECK(cudaEventCreateWithFlags(&piece[turn].fetched, cudaEventDisableTiming));
     }
-    if (!piece[turn].data) return;
-    memcpy(piece[turn].data, (const char *)host + i, n);
+    copy_together(piece[turn].data, (const char *)host + i, n);
     CHECK(cudaMemcpyAsync((char *)device + i, piece[turn].data, n, cudaMemcpyHostToDevice, stream()));
     CHECK(cudaEventRecord(piece[turn].fetched, stream()));
   }
 }
 
 void device_push(void *device, const void *host, size_t bytes) {
+  Guard guard(lock_);
   if (bytes && bytes <= SMALL) push_small(device, host, bytes);
   if (bytes > SMALL) push_large(device, host, bytes);
 }
@@ -267,7 +296,8 @@ void device_return(void *host, void *lent, size_t n, size_t size, int as_real, i
   device_free(lent);
 }
 
-/* ---- recordings: work that is issued again and again is captured once and then replayed ----------------------------------------- */
+/* ---- recordings: work that is issued again and again is captured once and then replayed; nothing waits inside a capture, so with
+ * MIL_CUDA_SYNC=1 it is issued each time ------------------------------------------------------------------------------------------ */
 
 struct Recording {
   cudaGraphExec_t graph;
@@ -288,8 +318,11 @@ int recording_play(Recording *r) {
   CHECK(cudaGraphLaunch(r->graph, stream()));
   return 1;
 }
-void recording_begin(void) { CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed)); }
+void recording_begin(void) {
+  if (!synchronous()) CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed));
+}
 void recording_end(Recording *r) {
+  if (synchronous()) return;
   cudaGraph_t graph = nullptr;
   CHECK(cudaStreamEndCapture(stream(), &graph));
   if (!graph) return;

@@ -6,6 +6,7 @@ import numpy as np
 from . import backend
 from .config import architecture, initializer_range, is_dynamic, mamba_config, rope, stop_ids
 
+MOMENTS = {"float32": np.float32, "bfloat16": np.uint16}  # and the dtype of their arrays
 KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0}
 
 
@@ -125,16 +126,24 @@ class Model:
         """The norm of all gradients together."""
         return self.c.grad_norm()
 
-    def step(self, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0, step=1):
-        """One AdamW step on every trainable parameter; gradients are multiplied by `scale` first; `step` counts from 1."""
-        self.c.step(lr, betas[0], betas[1], eps, weight_decay, scale, step)
+    def step(self, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0, step=1, moments="float32"):
+        """One AdamW step on every trainable parameter; gradients are multiplied by `scale` first; `step` counts from 1.
+
+        moments: "float32" | "bfloat16", how they are kept. bfloat16 ones take half the memory and are rounded up or down at random
+        around their values (csrc/ops.h, adamw), by the parameter, the element and `step` alone: the same steps give the same bits.
+        ValueError if they are of the other kind already."""
+        if moments not in MOMENTS:
+            raise ValueError(f"moments is {moments!r}, expected {' or '.join(map(repr, MOMENTS))}")
+        self.c.step(lr, betas[0], betas[1], eps, weight_decay, scale, step, moments == "bfloat16")
 
     def moments(self):
-        """{name: (m, v, master weights or None)} of the parameters that have taken a step."""
+        """{name: (m, v, master weights or None)} of the parameters that have taken a step; m and v as stored: float32, or uint16
+        (the bits of bf16)."""
         found = {name: self.c.moments(name) for name in self.names}
         return {name: values for name, values in found.items() if values}
 
     def set_moments(self, name, m, v, master=None):
+        """Gives a parameter the moments of moments(), and with them their kind."""
         self.c.set_moments(name, m, v, master)
 
     # -- calls ---------------------------------------------------------------------------------------------------------------------

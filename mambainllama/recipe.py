@@ -20,6 +20,7 @@ DEFAULTS = {
     "schedule": "cosine",     # then: "cosine" | "linear" (to 0 at the stage's end) | "constant"
     "betas": [0.9, 0.98],     # AdamW
     "weight_decay": 0.0,      # AdamW, decoupled
+    "moments": "float32",     # AdamW's; or "bfloat16": half the memory, rounded at random (Model.step)
     "clip": 1.0,              # largest norm of the whole gradient; null: not clipped
     "kl": 1.0,                # weight of KL to the teacher
     "ce": 0.1,                # weight of cross-entropy to the data
@@ -182,7 +183,7 @@ def _data(value):
 RULES = {  # key: (what converts a value or raises, what it must be)
     "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": _number(0, 1),
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
-    "weight_decay": _number(0), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
+    "weight_decay": _number(0), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "paper"),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path or a list of rows"),

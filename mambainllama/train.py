@@ -27,6 +27,7 @@ from . import checkpoint
 from .config import said
 from .convert import convert_layers
 from .data import Batches, read
+from .model import MOMENTS
 from .recipe import DEFAULTS, load_recipe
 from .weights import replacing, writing
 
@@ -180,7 +181,7 @@ def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
         raise ValueError(f"step {step + 1}: loss {sums['loss']:g} with gradient norm {norm:g}; a smaller lr or a longer warmup may help")
     clip = recipe["clip"]
     model.step(lr, betas=tuple(recipe["betas"]), weight_decay=recipe["weight_decay"], step=adam_step,
-               scale=clip / norm if clip and norm > clip else 1.0)
+               scale=clip / norm if clip and norm > clip else 1.0, moments=recipe["moments"])
     return {**sums, "grad_norm": norm}
 
 
@@ -205,8 +206,9 @@ def _start(model, stage, recipe):
         if fresh:
             convert_layers(model, fresh, mixer, stage["init"], recipe["seed"])
     model.trainable(recipe["train"])
-    for name, (m, v, master) in model.moments().items():
-        model.set_moments(name, np.zeros_like(m), np.zeros_like(v), master)
+    for name, (m, _, master) in model.moments().items():
+        zero = np.zeros(m.shape, MOMENTS[recipe["moments"]])
+        model.set_moments(name, zero, zero, master)
 
 
 def _report(status, recipe, folder):
@@ -239,8 +241,8 @@ class Folder:
     """A run's folder. identity: what the run's numbers depend on, by name; a run goes on only with the same.
 
     checkpoint.npz is replaced whole or not at all. It holds run.json (identity, status, layer kinds, module, threads, the arrays' names)
-    and, as arrays, weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that have moments or are Mamba's, and m/, v/,
-    master/NAME."""
+    and, as arrays, weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that have moments or are Mamba's, and m/, v/
+    (as stored), master/NAME. A run with other moments than the checkpoint's is another run, and refused."""
 
     def __init__(self, path, identity):
         self.path, self.identity = Path(path), json.loads(json.dumps(identity))
@@ -273,7 +275,7 @@ class Folder:
 
     def _same(self, run, model):
         for key in sorted({*run["identity"], *self.identity}):
-            was, now = run["identity"].get(key), self.identity.get(key)
+            was, now = (values.get(key, DEFAULTS.get(key)) for values in (run["identity"], self.identity))
             if was != now:
                 shown = key == "stages" or key in DEFAULTS and key != "eval_data"
                 what = f"began with {key} {was!r}, not {now!r}" if shown else f"began with another {key}"

@@ -1,4 +1,5 @@
-"""The `backend` fixture: every op test runs on every extension module that is built."""
+"""The `backend` fixture: every op test runs on every extension module that is built. The `device` fixture: where a model test's models
+are."""
 import importlib
 
 import numpy as np
@@ -102,3 +103,31 @@ def backend(request):
         return Backend(name, backends.module("cuda", "float32" if name == "_cuda32" else None))
     except (ValueError, RuntimeError) as error:
         pytest.skip(str(error))
+
+
+class Device:
+    """Where models are, and how far apart two ways to the same numbers may be: ||a - b|| / ||b|| of logits and of gradients."""
+
+    LIMITS = {"cpu": (1e-5, 1e-4), "cuda32": (1e-4, 1e-3), "cuda": (6e-2, 0.15)}  # bf16 activations through four layers, and back
+
+    def __init__(self, name):
+        self.name = name
+        self.logits, self.gradients = self.LIMITS[name]
+        self.how = {"device": "cpu" if name == "cpu" else "cuda", "dtype": "bfloat16" if name == "cuda" else "float32"}
+
+
+def on(*names):
+    """Parameters for `device`, to be given with indirect: "cpu", "cuda32" (float32 on a GPU), "cuda" (bf16)."""
+    return [pytest.param(name, marks=[CUDA] if name != "cpu" else []) for name in names]
+
+
+@pytest.fixture(scope="session", params=on("cpu", "cuda32", "cuda"))
+def device(request):
+    found = Device(request.param)
+    try:
+        backends.module(**found.how)
+    except ValueError as error:
+        if found.name == "cpu":
+            raise
+        pytest.skip(str(error))
+    return found

@@ -263,13 +263,20 @@ def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0,
     return np.where(skipped, 0, ce), np.where(skipped, 0, kl)
 
 
-def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0):
-    """AdamW (Loshchilov & Hutter 2019), decoupled decay  ->  w, m, v"""
+def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0, key=0):
+    """AdamW (Loshchilov & Hutter 2019), decoupled decay  ->  w, m, v; given m and v as bf16 bits, such bits, rounded at random"""
+    half = np.asarray(m).dtype == np.uint16
     w, m, v, g = f64(w), f64(m), f64(v), gscale * f64(grad)
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g * g
     mhat, vhat = m / (1 - b1**step), v / (1 - b2**step)
-    return w - lr * (mhat / (np.sqrt(vhat) + eps) + decay * w), m, v
+    w = w - lr * (mhat / (np.sqrt(vhat) + eps) + decay * w)
+    if half:
+        words = [philox((i, 0, step, 2), (key, 0)) for i in range((m.size + 3) // 4)]
+        words = np.array(words, np.uint32).ravel()[: m.size]
+        m, v = (((x.astype(np.float32).view(np.uint32) + random) >> 16).astype(np.uint16) for x, random in
+                ((m, words & 0xFFFF), (v, words >> 16)))
+    return w, m, v
 
 
 def sum_squares(g):

@@ -1,4 +1,5 @@
-"""The same model on a GPU: logits, gradients, decoding, speculation and training against the CPU's, on `_cuda32` and `_cuda`."""
+"""What only a GPU can show, on `_cuda32` and `_cuda`: logits and gradients near the CPU's and transformers', training that repeats to
+the bit, and failures that leave the process usable. Decoding, speculation and resumed runs: test_model.py, test_generate.py, test_train.py."""
 import numpy as np
 import pytest
 
@@ -68,51 +69,6 @@ def test_gradients(pair):
             assert error(gpu.grad(name), cpu.grad(name)) < GRADIENTS[dtype], name
 
 
-def test_prefill_and_steps_equal_one_forward(pair):
-    gpu, _, dtype = pair
-    ids = draw(2, 80)
-    whole = gpu.logits(ids)
-    state = mil.State(gpu, 3, 100)
-    slot = np.array([2, 0], np.int32)
-    first = gpu.logits(ids[:, :50], state, slot=slot)
-    steps = [gpu.logits(ids[:, t:t + 1], state, slot=slot) for t in range(50, 60)]
-    drafts = gpu.logits(ids[:, 60:65], state, slot=slot, keep=0)  # rejected: it never happened
-    state.commit(2, rows=slot)
-    rest = gpu.logits(ids[:, 62:], state, slot=slot)
-    assert error(np.concatenate([first, *steps, drafts[:, :2], rest], 1), whole) < LOGITS[dtype]
-
-
-def test_a_row_has_its_own_bits(pair):
-    """Whatever runs beside it, and however its tokens are grouped into calls."""
-    gpu, _, _ = pair
-    ids = draw(5, 20)
-    together, alone = mil.State(gpu, 5, 64), mil.State(gpu, 1, 64)
-    gpu.logits(ids[:, :4], together)
-    gpu.logits(ids[3:4, :4], alone)
-    a = np.concatenate([gpu.logits(ids[:, t:t + 4], together) for t in range(4, 20, 4)], 1)[3]
-    b = np.concatenate([gpu.logits(ids[3:4, t:t + 1], alone) for t in range(4, 20)], 1)[0]
-    assert a.tobytes() == b.tobytes()
-
-
-def test_speculation_changes_nothing(pair):
-    gpu, _, _ = pair
-    prompts = [draw(n, seed=n).tolist() for n in (1, 5, 23, 40)]
-    plain = mil.generate(gpu, prompts, max_new_tokens=24, stop_tokens=[])
-    for draft in (gpu, mil.convert(gpu, mamba_layers=[0], mixer="mamba2", init="random")):
-        drafted = mil.generate(gpu, prompts, max_new_tokens=24, stop_tokens=[], draft=draft, lookahead=3, batch=2)
-        assert [row.tokens for row in drafted] == [row.tokens for row in plain]
-    assert drafted.stats["drafted"] > 0
-
-
-def test_sampled_rows_depend_on_the_seed_alone(pair):
-    gpu, _, _ = pair
-    prompts = [draw(n, seed=n).tolist() for n in (3, 9, 14)]
-    how = dict(max_new_tokens=12, temperature=0.9, top_p=0.9, top_k=40, seed=5, stop_tokens=[])
-    together = [row.tokens for row in mil.generate(gpu, prompts, **how)]
-    assert together == [row.tokens for row in mil.generate(gpu, prompts, batch=1, **how)]
-    assert together != [row.tokens for row in mil.generate(gpu, prompts, **how | {"seed": 6})]
-
-
 def test_training_has_the_same_bits_twice(pair, tmp_path):
     gpu, _, dtype = pair
     mil.save(gpu, tmp_path / "start")
@@ -130,13 +86,29 @@ def test_training_has_the_same_bits_twice(pair, tmp_path):
     assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[0])
 
 
-def test_out_of_memory_names_the_request_and_leaves_the_process_usable(pair):
-    gpu, _, _ = pair
-    with pytest.raises(MemoryError, match="GiB asked for"):
+def test_out_of_memory_names_the_request_and_leaves_the_process_usable(pair, tmp_path):
+    gpu, _, dtype = pair
+    with pytest.raises(MemoryError, match=r"^State: .*GiB asked for"):
         mil.State(gpu, 1 << 16, 1 << 20)
-    assert np.isfinite(gpu.logits(draw(1, 8))).all()
+    with pytest.raises(MemoryError, match=r"^Model: .*GiB asked for"):
+        mil.random(CONFIG | {"vocab_size": 1 << 24, "hidden_size": 1 << 20}, device="cuda", dtype=dtype)
+    with open(tmp_path / "w", "wb") as file:
+        file.truncate(1 << 39)  # a sparse file: 512 GiB of zeros that nobody reads
+    w = np.memmap(tmp_path / "w", np.float32, "r", shape=(1 << 30, 128))
+    with pytest.raises(MemoryError, match=r"^embedding_forward: .*512.00 GiB asked for"):
+        gpu.module.embedding_forward(np.asarray(w), np.zeros((1, 1), np.int32))
+    assert np.isfinite(gpu.logits(draw(1, 8), mil.State(gpu, 1, 8))).all()
     used, peak = gpu.module.memory()
     assert 0 < used <= peak
+
+
+def test_a_failed_launch_names_op_kernel_and_place(pair):
+    """A head of 70,001 numbers does not fit a multiprocessor's shared memory."""
+    module = pair[0].module
+    q, fits = (np.ones((1, 1, 1, P), np.float32) for P in (70001, 161))
+    with pytest.raises(RuntimeError, match=r"^attention_forward: attend_plain \(attention\.cu:\d+\): "):
+        module.attention_forward(q, q, q)
+    assert (module.attention_forward(fits, fits, fits)[0] == 1).all()
 
 
 @pytest.mark.parity

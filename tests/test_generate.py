@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import chisquare
 
 import mambainllama as mil
+from conftest import on
 
 V = 259  # the bytes, and three special tokens
 KINDS = {"transformer": None, "hybrid1": ("mamba1", [1]), "hybrid2": ("mamba2", [1]), "pure2": ("mamba2", [])}
@@ -26,9 +27,9 @@ def config(kind, vocabulary=V, layers=2):
     return c
 
 
-def near(kind, seed, noise=0.5, vocabulary=V):
+def near(kind, seed, noise=0.5, vocabulary=V, **how):
     """The model random(config, 0) with its output projection moved a little: a draft that is right some of the time."""
-    model = mil.random(config(kind, vocabulary), seed=0)
+    model = mil.random(config(kind, vocabulary), seed=0, **how)
     head = model.get("lm_head.weight")
     move = noise * head.std() * np.random.default_rng(seed).normal(size=head.shape)
     model.set("lm_head.weight", head + move.astype(np.float32))
@@ -81,6 +82,21 @@ def test_greedy_is_the_argmax_of_whole_forwards(models, kind):
     out = mil.generate(models[kind], PROMPTS, max_new_tokens=12)
     assert tokens(out) == [stepwise(models[kind], p, 12) for p in PROMPTS]
     assert all(row.finish == "length" for row in out)
+
+
+@pytest.mark.parametrize("device", on("cuda32", "cuda"), indirect=True)
+@pytest.mark.parametrize("kind", ["hybrid1", "hybrid2"])
+def test_generation_on_a_gpu(device, kind):
+    """With a draft to the bit what it is without, greedy or sampled, in whatever batches; the seed alone decides."""
+    model, draft = mil.random(config(kind), seed=0, **device.how), near(kind, 7, 0.2, **device.how)
+    how = dict(max_new_tokens=8, logprobs=1)
+    plain = mil.generate(model, PROMPTS[:4], **how)
+    out = mil.generate(model, PROMPTS[:4], draft=draft, lookahead=3, batch=2, **how)
+    assert tokens(out) == tokens(plain) and [row.logprobs for row in out] == [row.logprobs for row in plain]
+    assert 0 < out.stats["accepted"] < out.stats["drafted"]
+    how = dict(max_new_tokens=4, temperature=0.9, top_p=0.95, top_k=40, draft=draft, lookahead=2)
+    seeds = [tokens(mil.generate(model, PROMPTS[:2], seed=seed, batch=batch, **how)) for seed, batch in ((5, None), (5, 1), (6, None))]
+    assert seeds[0] == seeds[1] != seeds[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)

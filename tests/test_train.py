@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import mambainllama as mil
+from conftest import on
 from mambainllama.data import Batches, read
 from mambainllama.recipe import load_recipe
 
@@ -37,15 +38,15 @@ def rows(seed, count=30):
 PLAN["eval_data"] = rows(2, 7)
 
 
-def pair(dtype="float32"):
+def pair(dtype="float32", device="cpu"):
     """A student that shares its weights with the teacher, and the teacher."""
-    teacher = mil.random(CONFIG, seed=1, dtype=dtype)
+    teacher = mil.random(CONFIG, seed=1, dtype=dtype, device=device)
     return mil.convert(teacher, mamba_layers=[]), teacher
 
 
-def distill(out=None, dtype="float32", **changes):
+def distill(out=None, dtype="float32", device="cpu", **changes):
     """A whole run of PLAN from a fresh student; → the student and the report."""
-    student, teacher = pair(dtype)
+    student, teacher = pair(dtype, device)
     return student, mil.distill(student, teacher, rows(1), {**PLAN, **changes}, out=out)
 
 
@@ -61,20 +62,21 @@ def history(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Uninterrupted runs by dtype: (folder, student)."""
+    """Uninterrupted runs by dtype and moments: (folder, student)."""
     done = {}
 
-    def run(dtype="float32"):
-        if dtype not in done:
+    def run(*kind):
+        dtype, moments = kind or ("float32", "float32")
+        if kind not in done:
             folder = tmp_path_factory.mktemp("whole")
-            done[dtype] = folder, distill(folder, dtype)[0]
-        return done[dtype]
+            done[kind] = folder, distill(folder, dtype, moments=moments)[0]
+        return done[kind]
     return run
 
 
-def same_end(folder, student, whole, dtype="float32"):
-    assert bits(student) == bits(whole(dtype)[1])
-    assert history(folder) == history(whole(dtype)[0])
+def same_end(folder, student, whole, *kind):
+    assert bits(student) == bits(whole(*kind)[1])
+    assert history(folder) == history(whole(*kind)[0])
     assert bits(mil.load(folder / "model")) == bits(student)
     assert not list(folder.glob("*.tmp"))
 
@@ -197,17 +199,48 @@ def test_new_layers_take_the_student_s_mixer():
 # -- stopped and started again ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, dtype", [(1, "float32"), (5, "float32"), (7, "float32"), (8, "float32"), (9, "float32"), (13, "float32"),
-                                         (5, "bfloat16"), (9, "bfloat16"), (12, "bfloat16")])
-def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype):
+@pytest.mark.parametrize("step, dtype, moments", [
+    *((step, "float32", "float32") for step in (1, 5, 7, 8, 9, 13)), *((step, "bfloat16", "float32") for step in (5, 9, 12)),
+    (5, "float32", "bfloat16"), (6, "bfloat16", "bfloat16"), (9, "bfloat16", "bfloat16")])
+def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype, moments):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, step, stop)
-        distill(tmp_path, dtype)
+        distill(tmp_path, dtype, moments=moments)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')  # a line cut short
     (tmp_path / "checkpoint.npz.tmp").write_bytes(b"cut short too")
-    student, _ = distill(tmp_path, dtype)
-    same_end(tmp_path, student, whole, dtype)
+    student, _ = distill(tmp_path, dtype, moments=moments)
+    same_end(tmp_path, student, whole, dtype, moments)
+
+
+@pytest.mark.parametrize("device, moments", [pytest.param(*p.values, moments, marks=p.marks) for p in on("cuda32", "cuda")
+                                             for moments in ("float32", "bfloat16")], indirect=["device"])
+def test_resumed_on_a_gpu(tmp_path, monkeypatch, device, moments):
+    """Two runs, one of them killed between two checkpoints of a stage: the same bits."""
+    plan = {"stages": [{"mamba_layers": [1], "steps": 2}, {"mamba_layers": [0, 1], "steps": 4}], "checkpoint_every": 2, "accumulate": 1,
+            "moments": moments, "recompute": moments == "bfloat16"}
+    whole, _ = distill(tmp_path / "whole", **device.how, **plan)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5, stop)
+        distill(tmp_path / "killed", **device.how, **plan)
+    student, report = distill(tmp_path / "killed", **device.how, **plan)
+    assert bits(student) == bits(whole) and report["steps"] == 6
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
+def test_bf16_moments_learn_and_are_kept_as_such():
+    """A student with float32 moments takes up a run of the other kind; loss and weights end near those of float32 moments."""
+    ends = {}
+    for moments in ("float32", "bfloat16"):
+        model = mil.random(CONFIG, seed=1)
+        mil.train(model, rows(1), {"steps": 1, "length": 20})
+        report = mil.train(model, rows(1), {"steps": 60, "length": 32, "batch": 4, "lr": 2e-2, "moments": moments})
+        dtypes = {tuple(a.dtype for a in (m, v)) for m, v, _ in model.moments().values()}
+        assert dtypes == {(np.dtype("u2" if moments == "bfloat16" else "f4"),) * 2}
+        ends[moments] = report["loss"]
+    assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=0.05)
+    with pytest.raises(ValueError, match="the moments are bfloat16, and this step is to keep float32 ones"):
+        model.step(1e-3)
 
 
 def test_resumed_with_frozen_mamba_layers(tmp_path, monkeypatch):
@@ -311,6 +344,7 @@ def test_another_run_is_refused(whole):
     folder, _ = whole()
     student, teacher = pair()
     for change, says in [({"lr": 1e-3}, "lr 0.003, not 0.001"), ({"eval_data": rows(3)}, "another eval_data"), ({"seed": 4}, "seed 0, not 4"),
+                         ({"moments": "bfloat16"}, "moments 'float32', not 'bfloat16'"),
                          ({"stages": PLAN["stages"][:1]}, "stages")]:
         with pytest.raises(ValueError, match=says):
             mil.distill(student, teacher, rows(1), {**PLAN, **change}, out=folder)

@@ -69,6 +69,7 @@ const char *cudaGetErrorName(cudaError_t);
 cudaError_t cudaGetLastError(void);
 cudaError_t cudaPeekAtLastError(void);
 cudaError_t cudaGetDeviceCount(int *);
+cudaError_t cudaDriverGetVersion(int *);
 cudaError_t cudaSetDevice(int);
 cudaError_t cudaGetDevice(int *);
 cudaError_t cudaDeviceGetAttribute(int *, cudaDeviceAttr, int);
@@ -96,6 +97,7 @@ static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess
 
 namespace emulator {
 void submit(std::function<void()> work); /* now, or into the graph that is being captured */
+cudaError_t fails(cudaError_t error); /* the same; it is what cudaGetLastError gives */
 cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
 void barrier();                                  /* of the block */
 void barrier(int id, int count);                 /* of `count` of its threads */
@@ -127,7 +129,7 @@ template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunc
   const unsigned threads = c->blockDim.x * c->blockDim.y * c->blockDim.z;
   if (!c->gridDim.x || !c->gridDim.y || !c->gridDim.z || c->gridDim.y > 65535 || c->gridDim.z > 65535 || c->dynamicSmemBytes > 232448 ||
       threads > 1024 || threads < 1)
-    return cudaErrorInvalidValue;
+    return emulator::fails(cudaErrorInvalidValue);
   std::tuple<P...> values(static_cast<P>(args)...);
   dim3 grid = c->gridDim, block = c->blockDim;
   size_t shared = c->dynamicSmemBytes;

@@ -173,6 +173,9 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()
   return cudaSuccess;
 }
 
+static cudaError_t last;
+cudaError_t fails(cudaError_t error) { return last = error; }
+
 static std::vector<std::function<void()>> *capture;
 void submit(std::function<void()> f) {
   if (capture)
@@ -186,9 +189,14 @@ struct EmulatedGraph { std::vector<std::function<void()>> work; };
 
 const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : e ? "invalid argument" : "no error"; }
 const char *cudaGetErrorName(cudaError_t e) { return cudaGetErrorString(e); }
-cudaError_t cudaGetLastError(void) { return cudaSuccess; }
-cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError(void) { return emulator::last; }
+cudaError_t cudaGetLastError(void) {
+  const cudaError_t error = emulator::last;
+  emulator::last = cudaSuccess;
+  return error;
+}
 cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *v) { *v = 13000; return cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int *d) { *d = 0; return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
@@ -198,7 +206,7 @@ cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
 cudaError_t cudaMalloc(void **p, size_t n) {
   *p = n > ((size_t)8 << 30) || posix_memalign(p, 256, n ? n : 1) ? nullptr : *p;
   if (*p && n < 1 << 20) memset(*p, 0xff, n);
-  return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+  return *p ? cudaSuccess : emulator::fails(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFree(void *p) { free(p); return cudaSuccess; }
 cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) { return cudaMalloc(p, n); }
@@ -217,8 +225,8 @@ cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::capture ? emulator::fails(cudaErrorInvalidValue) : cudaSuccess; }
+cudaError_t cudaDeviceSynchronize(void) { return cudaStreamSynchronize(nullptr); }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   emulator::capture = new std::vector<std::function<void()>>;
   return cudaSuccess;
