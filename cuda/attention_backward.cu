@@ -35,14 +35,14 @@ __device__ static inline const float2 *stats_of(const Attention &a, int b, int h
 template <int PD, int ROWS, int THREADS>
 __device__ static inline void load_heads(real *q_tile, real *d_tile, const Attention &a, int b, int t, int h) {
   const real *from = a.q + query_at(a, b, t, h);
-  load_tile<PD, ROWS, THREADS>(q_tile, Beside{d_tile, distance(a.dout, a.q)}, a.q, a.P, a.whole, 0, a.T - t,
+  load_tile<Padded<PD>, ROWS, THREADS>(q_tile, Beside{d_tile, distance(a.dout, a.q)}, a.q, a.P, a.whole, 0, a.T - t,
                                [&](int row) { return from + row * (a.H * a.P); });
 }
 /* ROWS tokens from t on of group g: rows of k and v */
 template <int PD, int ROWS, int THREADS>
 __device__ static inline void load_groups(real *k_tile, real *v_tile, const Attention &a, int b, int t, int g) {
   const real *from = a.k + key_at(a, b, t, g);
-  load_tile<PD, ROWS, THREADS>(k_tile, Beside{v_tile, distance(a.v, a.k)}, a.k, a.P, a.whole, 0, a.T - t,
+  load_tile<Padded<PD>, ROWS, THREADS>(k_tile, Beside{v_tile, distance(a.v, a.k)}, a.k, a.P, a.whole, 0, a.T - t,
                                [&](int row) { return from + row * (a.G * a.P); });
 }
 

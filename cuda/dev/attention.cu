@@ -8,6 +8,7 @@
 #include "../attention.cu"
 #include "../attention_backward.cu"
 #include "../attention_few.cu"
+#include "../attention_hopper.cu"
 
 #include <math.h>
 #include <stdio.h>
@@ -171,6 +172,11 @@ static void time_many(const Attention &a, const real *expected, int past) {
   printf("  %3d rows (%d x %d) %3d keys, %d a multiprocessor %9.1f us %7.0f TFLOP/s   error %.1e\n", 16 * MT * WARPS, WARPS,
          16 * MT, KEYS, BLOCKS, us, 4 * causal(a, past) / us * 1e-6, error(a.o, expected, outputs(a)));
 }
+template <int PD, int KEYS> static void time_many_hopper(const Attention &a, const real *expected, int past) {
+  const double us = timed(5, [&](int) { run_many_hopper<PD, KEYS>(a); });
+  printf("  wgmma, 128 rows, %3d keys                  %9.1f us %7.0f TFLOP/s   error %.1e\n", KEYS, us,
+         4 * causal(a, past) / us * 1e-6, error(a.o, expected, outputs(a)));
+}
 static void many(int B, int T, int H, int G, int P, int past, bool variants) {
   Attention a = shape(B, T, H, G, P);
   if (past) add_caches(a, past + T, std::vector<int32_t>(B, past));
@@ -185,6 +191,8 @@ static void many(int B, int T, int H, int G, int P, int past, bool variants) {
          P, us, 4 * causal(a, past) / us * 1e-6, error(a.o, expected, outputs(a)),
          same(a.o, again, outputs(a)) ? "same" : "DIFFERENT");
   if (variants && P == 128) {
+    time_many_hopper<128, 128>(a, expected, past);
+    time_many_hopper<128, 64>(a, expected, past);
     time_many<128, 2, 4, 64, 2>(a, expected, past);
     time_many<128, 2, 4, 32, 2>(a, expected, past);
     time_many<128, 2, 8, 64, 1>(a, expected, past);

@@ -105,6 +105,11 @@ int lane();
 unsigned char *shared_memory();
 int block_vote(int value, int how);              /* 0 count, 1 or, 2 and */
 unsigned live_lanes();
+void barrier_of(int id, int threads);            /* a named barrier of some threads */
+void wait_until(const std::function<bool()> &f); /* others run meanwhile */
+void later(std::function<void()> work);          /* this thread's asynchronous products, in groups, */
+void commit_later();
+void run_later(int left);                        /* done but for the last `left` groups */
 
 /* Every lane of mask puts a T; get(from) reads any lane's. Two parities: nobody overwrites what a slow lane still reads. */
 template <class T> struct Exchange {
@@ -131,6 +136,11 @@ template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunc
   dim3 grid = c->gridDim, block = c->blockDim;
   size_t shared = c->dynamicSmemBytes;
   emulator::submit([=] { emulator::run(grid, block, shared, [&] { std::apply(kernel, values); }); });
+  return cudaSuccess;
+}
+struct cudaFuncAttributes { int binaryVersion, numRegs; };
+template <class F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *) { /* of a Hopper card */
+  *attributes = {90, 168};
   return cudaSuccess;
 }
 template <class F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }
