@@ -277,8 +277,9 @@ struct Attention {
   Rows rows;
   const int32_t *starts; /* (B,T): where the token's document starts; NULL: 0 */
   float2 *stats;         /* backward: (B,H,padded T) of lse log2(e), delta */
+  float *parts;          /* backward: (split,2,B,T,G,P), parts of dk and dv by parts of a group's heads */
   float scale;
-  int window, B, T, H, G, P, K, rep, stats_T, begin; /* begin: the first b of a launch */
+  int window, B, T, H, G, P, K, rep, stats_T, split, begin; /* begin: the first b of a launch */
   bool whole; /* rows of P are 16-byte aligned */
 };
 
@@ -463,6 +464,9 @@ bool attend_few_tokens(const Attention &a);
 
 /* attention_hopper.cu: many tokens by products of warpgroups; false: not this card, type or shape. */
 bool attend_on_hopper(const Attention &a);
+/* The gradients likewise, given stats and parts. backward_split: in how many parts dk and dv come; 0: not here. */
+int backward_split(const Attention &a);
+void backward_on_hopper(const Attention &a);
 
 /* A block's shared memory is bounded: 227 KB on Hopper, 99 KB on consumer cards. Do a kernel's tiles fit? */
 constexpr size_t LEAST_SHARED = 99 << 10;

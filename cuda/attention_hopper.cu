@@ -5,7 +5,7 @@
  * A tile's way: the fetching threads wait until its stage is empty, copy (cp.async), wait for their copies, make them seen by
  * the products (fence_async) and arrive at `full`; the computing warps wait there, and arrive at `empty` when the products that
  * read the tile are done. */
-#include "attention.cuh"
+#include "attention_backward.cuh"
 
 constexpr int FETCHING = 128, BLOCK = 3 * 128; /* threads: those that fetch, all */
 
@@ -57,22 +57,24 @@ struct Pipe {
   }
 };
 
-/* What fetching threads do with copies: begun() after a tile's copies, and the tile before it is handed over; end(). */
+/* How fetching threads hand their copies over: those of a tile while the next tile's are under way, but before they wait for
+ * its stage, which may be in use until the tile has come. */
 struct Fetcher {
-  uint64_t *before = nullptr;
-  __device__ void begun(uint64_t *full) {
-    cp_async_commit();
-    if (before) {
-      cp_async_wait<1>();
-      fence_async();
-      barrier_arrive(before);
-    }
-    before = full;
-  }
-  __device__ void end() {
-    cp_async_wait<0>();
+  uint64_t *full = nullptr; /* of the tile that is to be handed over */
+  template <int LATER> __device__ void hand_over() {
+    if (!full) return;
+    cp_async_wait<LATER>();
     fence_async();
-    barrier_arrive(before);
+    barrier_arrive(full);
+    full = nullptr;
+  }
+  template <class Copy> __device__ void fetch(Pipe &pipe, int i, Copy copy) {
+    if (i >= 2) hand_over<0>();
+    pipe.wait_empty(i);
+    copy(i % 2);
+    cp_async_commit();
+    hand_over<1>();
+    full = pipe.full + i % 2;
   }
 };
 
@@ -100,10 +102,10 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) a
     const Keys keys = keys_of(a, b, h / a.rep, base);
     Fetcher fetcher;
     auto fetch = [&](Pipe &pipe, real *tile, const real *cache, const real *own, int i) {
-      pipe.wait_empty(i);
-      load_keys<Tile, KEYS, FETCHING, false>(tile + i % 2 * Tile::SIZE, nullptr, a, keys, cache, own, begin + i * KEYS, low,
-                                             last + 1);
-      fetcher.begun(pipe.full + i % 2);
+      fetcher.fetch(pipe, i, [&](int stage) {
+        load_keys<Tile, KEYS, FETCHING, false>(tile + stage * Tile::SIZE, nullptr, a, keys, cache, own, begin + i * KEYS, low,
+                                               last + 1);
+      });
     };
     for (int w = 0; w < 2; w++) { /* with the first keys */
       const real *q = a.q + query_at(a, b, first + 64 * w, h);
@@ -114,7 +116,7 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) a
       if (i < tiles) fetch(k_pipe, k_tile, a.kcache, a.k, i);
       if (i > 0) fetch(v_pipe, v_tile, a.vcache, a.v, i - 1);
     }
-    fetcher.end();
+    fetcher.hand_over<0>();
     return;
   }
 
@@ -162,6 +164,192 @@ template <int PD, int KEYS> static void run_many_hopper(const Attention &a) {
   });
 }
 
+/* ---- dk, dv -------------------------------------------------------------------------------------------------------------- */
+
+/* Shared: k and v of each warpgroup, two stages of q and dout, and their stats. */
+template <int PD> constexpr size_t KEYS_HOPPER = (4 * OWN<PD> + 4 * 64 * PD) * sizeof(real) + 2 * 64 * sizeof(float2);
+
+/* A warp's sums of 16 keys, times factor, into a part (B,T,G,P). */
+template <int PD>
+__device__ static inline void store_part(const float (&c)[1][PD / 8][4], float factor, float *part, const Attention &a, int b,
+                                         int key, int g) {
+  const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int t = key + row + 8 * i;
+    float *to = part + key_at(a, b, t, g) + col;
+    if (t >= a.T) continue;
+#pragma unroll
+    for (int n = 0; n < PD / 8; n++)
+      if (8 * n + col < a.P) put(to + 8 * n, c[0][n][2 * i] * factor, c[0][n][2 * i + 1] * factor);
+  }
+}
+
+/* Grid (B G split, tiles of 128 keys), the longest first; a warpgroup has 64 keys. Tiles of 64 queries of the part's heads in
+ * turn. The products for a step's gradients run on while the next scores begin. */
+template <int PD> static __global__ void __launch_bounds__(BLOCK, 1) backward_keys_hopper(Attention a) {
+#ifdef WARPGROUPS
+  typedef Swizzled<PD, 64> Tile;
+  DYNAMIC_SHARED(real, k_tile);
+  __shared__ Pipe pipe;
+  __shared__ int starts[2]; /* where a stage's queries start */
+  real *const v_tile = k_tile + 2 * OWN<PD>, *const q_tile = v_tile + 2 * OWN<PD>, *const d_tile = q_tile + 2 * Tile::SIZE;
+  float2 *const stats = (float2 *)(d_tile + 2 * Tile::SIZE);
+  const int part = blockIdx.x % a.split, g = blockIdx.x / a.split % a.G, b = blockIdx.x / a.split / a.G;
+  const int first = blockIdx.y * 128, from = g * a.rep + part * a.rep / a.split, to = g * a.rep + (part + 1) * a.rep / a.split;
+  const int tiles = tiles_that_see<128, 64, BLOCK>(a, b, first), steps = tiles * (to - from);
+  if (threadIdx.x == 0) pipe.init();
+  __syncthreads();
+
+  if (threadIdx.x < FETCHING) {
+    give_registers<56>();
+    Fetcher fetcher;
+    for (int w = 0; w < 2; w++) /* with the first queries */
+      load_groups<Tile, 64, FETCHING>(k_tile + w * OWN<PD>, v_tile + w * OWN<PD>, a, b, first + 64 * w, g);
+    for (int i = 0, h = from, t = first; i < steps; i++) {
+      fetcher.fetch(pipe, i, [&](int stage) {
+        load_heads<Tile, 64, FETCHING>(q_tile + stage * Tile::SIZE, d_tile + stage * Tile::SIZE, a, b, t, h);
+        if (threadIdx.x < 32) cp_async_16(stats + stage * 64 + 2 * threadIdx.x, stats_of(a, b, h, t + 2 * threadIdx.x));
+        if (threadIdx.x == 0) starts[stage] = t;
+      });
+      t += 64;
+      if (t == first + tiles * 64) t = first, h++;
+    }
+    fetcher.hand_over<0>();
+    return;
+  }
+
+  take_registers<224>();
+  const int group = threadIdx.x / 128 - 1, mine = threadIdx.x % 128 / 32 * 16, own = first + 64 * group, key = own + mine;
+  real *const k = k_tile + group * OWN<PD>, *const v = v_tile + group * OWN<PD>;
+  float dk[1][PD / 8][4] = {}, dv[1][PD / 8][4] = {}, s[1][8][4], dp[1][8][4];
+  Left<__nv_bfloat16> p[4], ds[4];
+  settle(dk[0]);
+  settle(dv[0]);
+  for (int i = 0; i < steps; i++) {
+    const real *q = q_tile + i % 2 * Tile::SIZE, *d = d_tile + i % 2 * Tile::SIZE;
+    const float2 *at = stats + i % 2 * 64;
+    pipe.wait_full(i);
+    begin_score<PD, 64>(s, k, q);
+    wgmma_wait<1>();
+    if (i) pipe.release(i - 1);
+    begin_score<PD, 64>(dp, v, d);
+    wgmma_wait<1>();
+    settle(s[0]);
+    weights_of_keys(s, at, a, b, key, starts[i % 2]);
+    wgmma_wait<0>();
+    settle(dp[0]);
+    slopes_of_keys(dp, s, at);
+    as_lefts(p, s);
+    as_lefts(ds, dp);
+    begin_weigh<PD, 64>(dv, p, d);
+    begin_weigh<PD, 64>(dk, ds, q);
+  }
+  wgmma_wait<0>();
+  settle(dk[0]);
+  settle(dv[0]);
+  if (a.split > 1) {
+    const size_t n = (size_t)a.B * a.T * a.G * a.P;
+    store_part<PD>(dk, a.scale * LN2, a.parts + 2 * part * n, a, b, key, g);
+    store_part<PD>(dv, 1, a.parts + (2 * part + 1) * n, a, b, key, g);
+    return;
+  }
+  barrier_of(1 + group, 128); /* k and v are read by all four warps */
+  store_gradient<PD>(dk, a.scale * LN2, k, mine, a, key, [&](int t) { return a.dk + key_at(a, b, t, g); });
+  store_gradient<PD>(dv, 1, v, mine, a, key, [&](int t) { return a.dv + key_at(a, b, t, g); });
+#endif
+}
+
+/* dk, dv (n, a multiple of 8) = the sums of their parts, in order. Grid (blocks, 2). */
+static __global__ void add_parts(Attention a, size_t n) {
+  real *out = blockIdx.y ? a.dv : a.dk;
+  for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += (size_t)gridDim.x * blockDim.x * 4) {
+    float4 sum = {0, 0, 0, 0};
+    for (int part = 0; part < a.split; part++) {
+      const float4 x = *(const float4 *)(a.parts + (2 * part + blockIdx.y) * n + i);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    put(out + i, sum.x, sum.y);
+    put(out + i + 2, sum.z, sum.w);
+  }
+}
+
+template <int PD> static void run_keys_hopper(const Attention &a) {
+  LAUNCH(backward_keys_hopper<PD>, dim3(a.B * a.G * a.split, ceil_div(a.T, 128)), BLOCK, KEYS_HOPPER<PD>, a);
+  const size_t n = (size_t)a.B * a.T * a.G * a.P;
+  if (a.split > 1) LAUNCH(add_parts, dim3(blocks_for(n / 4, 256, 4096), 2), 256, 0, a, n);
+}
+
+/* ---- dq ------------------------------------------------------------------------------------------------------------------ */
+
+/* Shared: q and dout of each warpgroup, two stages of keys and values. */
+template <int PD, int KEYS> constexpr size_t QUERIES_HOPPER = (4 * OWN<PD> + 4 * KEYS * PD) * sizeof(real);
+
+/* Grid (H, tiles of 128 queries, B), the longest first. */
+template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) backward_queries_hopper(Attention a) {
+#ifdef WARPGROUPS
+  typedef Swizzled<PD, KEYS> Tile;
+  DYNAMIC_SHARED(real, q_tile);
+  __shared__ Pipe pipe;
+  real *const d_tile = q_tile + 2 * OWN<PD>, *const k_tile = d_tile + 2 * OWN<PD>, *const v_tile = k_tile + 2 * Tile::SIZE;
+  const int h = blockIdx.x, b = a.begin + blockIdx.z;
+  const int first = (int)(gridDim.y - 1 - blockIdx.y) * 128, last = min(first + 128, a.T) - 1;
+  const int begin = first_seen(a, b, 0, first) / KEYS * KEYS, tiles = (last - begin) / KEYS + 1;
+  if (threadIdx.x == 0) pipe.init();
+  __syncthreads();
+
+  if (threadIdx.x < FETCHING) {
+    give_registers<40>();
+    Fetcher fetcher;
+    for (int w = 0; w < 2; w++) /* with the first keys */
+      load_heads<Swizzled<PD, 64>, 64, FETCHING>(q_tile + w * OWN<PD>, d_tile + w * OWN<PD>, a, b, first + 64 * w, h);
+    for (int i = 0; i < tiles; i++)
+      fetcher.fetch(pipe, i, [&](int stage) {
+        const int to = stage * Tile::SIZE;
+        load_groups<Tile, KEYS, FETCHING>(k_tile + to, v_tile + to, a, b, begin + i * KEYS, h / a.rep);
+      });
+    fetcher.hand_over<0>();
+    return;
+  }
+
+  take_registers<232>();
+  const int group = threadIdx.x / 128 - 1, mine = threadIdx.x % 128 / 32 * 16, warp_first = first + 64 * group + mine;
+  const int warp_full = first_seen(a, b, 0, max(min(warp_first + 15, last), 0));
+  real *const q = q_tile + group * OWN<PD>, *const d = d_tile + group * OWN<PD>;
+  float2 stats[1][2];
+  load_stats(stats, a, b, h, warp_first);
+  float dq[1][PD / 8][4] = {}, s[1][KEYS / 8][4], dp[1][KEYS / 8][4];
+  settle(dq[0]);
+  Left<__nv_bfloat16> ds[KEYS / 16];
+  for (int i = 0; i < tiles; i++) {
+    const real *k = k_tile + i % 2 * Tile::SIZE, *v = v_tile + i % 2 * Tile::SIZE;
+    pipe.wait_full(i);
+    begin_score<PD, KEYS>(s, q, k);
+    wgmma_wait<1>();
+    if (i) pipe.release(i - 1);
+    begin_score<PD, KEYS>(dp, d, v);
+    wgmma_wait<1>();
+    settle(s[0]);
+    weights_of_queries(s, stats, a, b, warp_first, warp_full, begin + i * KEYS);
+    wgmma_wait<0>();
+    settle(dp[0]);
+    slopes_of_queries(dp, s, stats);
+    as_lefts(ds, dp);
+    begin_weigh<PD, KEYS>(dq, ds, k);
+  }
+  wgmma_wait<0>();
+  settle(dq[0]);
+  barrier_of(1 + group, 128); /* q is read by all four warps */
+  store_gradient<PD>(dq, a.scale * LN2, q, mine, a, warp_first, [&](int t) { return a.dq + query_at(a, b, t, h); });
+#endif
+}
+
+template <int PD, int KEYS> static void run_queries_hopper(const Attention &a) {
+  in_parts(a, [](const Attention &a, unsigned count) {
+    LAUNCH((backward_queries_hopper<PD, KEYS>), dim3(a.H, ceil_div(a.T, 128), count), BLOCK, (QUERIES_HOPPER<PD, KEYS>), a);
+  });
+}
+
 /* ---- the choice ---------------------------------------------------------------------------------------------------------- */
 
 /* Is this module's code for this card the one with wgmma? Elsewhere the kernels are empty. */
@@ -174,7 +362,7 @@ static bool has_warpgroups() {
   return has;
 }
 
-/* f(width) with the head dimension padded to one that the kernels here are made for. */
+/* f(width) with the head dimension padded to one that the kernels here are made for; false: there is none, or no such card. */
 template <class E, class F> static bool on_hopper(const Attention &a, F f) {
   if constexpr (sizeof(E) == 2) {
     if (!a.whole || a.P <= 32 || a.P > 128 || !has_warpgroups()) return false;
@@ -189,4 +377,17 @@ template <class E, class F> static bool on_hopper(const Attention &a, F f) {
 
 bool attend_on_hopper(const Attention &a) {
   return on_hopper<real>(a, [&](auto width) { run_many_hopper<decltype(width)::value, 128>(a); });
+}
+
+/* Where a group's keys alone make too few blocks for the card, its heads are shared out. */
+int backward_split(const Attention &a) {
+  if (!on_hopper<real>(a, [](auto) {})) return 0;
+  const size_t blocks = (size_t)a.B * a.G * ceil_div(a.T, 128), wanted = (size_t)multiprocessors() * 3 / 2;
+  return (int)std::min<size_t>(a.rep, ceil_div(wanted, blocks));
+}
+void backward_on_hopper(const Attention &a) {
+  on_hopper<real>(a, [&](auto width) {
+    run_keys_hopper<decltype(width)::value>(a);
+    run_queries_hopper<decltype(width)::value, 128>(a);
+  });
 }
