@@ -83,8 +83,9 @@ struct Fetcher {
 /* Shared: q of each warpgroup, two stages of keys and of values. */
 template <int PD, int KEYS> constexpr size_t FORWARD_SHARED = (2 * OWN<PD> + 4 * KEYS * PD) * sizeof(real);
 
-/* Grid (H, tiles of 128 queries, B), the longest first. */
-template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) attend_many_hopper(Attention a) {
+/* Grid (H, tiles of 128 queries, B), the longest first. TURNS: the warpgroups begin their products in turn, so that one's
+ * softmax runs beside the other's products. */
+template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__(BLOCK, 1) attend_many_hopper(Attention a) {
 #ifdef WARPGROUPS
   typedef Swizzled<PD, KEYS> Tile;
   DYNAMIC_SHARED(real, q_tile);
@@ -125,8 +126,17 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) a
   real *const q = q_tile + group * OWN<PD>;
   float o[1][PD / 8][4] = {}, s[1][KEYS / 8][4], top[1][2] = {{NO_SCORE, NO_SCORE}}, sum[1][2] = {}, shrink[1][2];
   Left<__nv_bfloat16> p[KEYS / 16];
+  auto begin_turn = [&] {
+    if (TURNS) barrier_of(3 + group, 256);
+  };
+  auto end_turn = [&] {
+    if (TURNS) barrier_join(4 - group, 256);
+  };
+  if (group == 1) end_turn(); /* the first one is group 0's */
   k_pipe.wait_full(0);
+  begin_turn();
   begin_score<PD, KEYS>(s, q, k_tile);
+  end_turn();
   wgmma_wait<0>();
   settle(s[0]);
   k_pipe.release(0);
@@ -135,9 +145,11 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) a
   as_lefts(p, s);
   for (int i = 1; i < tiles; i++) {
     k_pipe.wait_full(i);
+    begin_turn();
     begin_score<PD, KEYS>(s, q, k_tile + i % 2 * Tile::SIZE);
     v_pipe.wait_full(i - 1);
     begin_weigh<PD, KEYS>(o, p, v_tile + (i - 1) % 2 * Tile::SIZE);
+    end_turn();
     wgmma_wait<1>();
     settle(s[0]);
     k_pipe.release(i);
@@ -149,6 +161,7 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) a
     if (rises) rescale(o, shrink);
     as_lefts(p, s);
   }
+  if (group == 0) begin_turn(); /* group 1's last one is over */
   v_pipe.wait_full(tiles - 1);
   begin_weigh<PD, KEYS>(o, p, v_tile + (tiles - 1) % 2 * Tile::SIZE);
   wgmma_wait<0>();
@@ -158,9 +171,9 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) a
 #endif
 }
 
-template <int PD, int KEYS> static void run_many_hopper(const Attention &a) {
+template <int PD, int KEYS, bool TURNS = true> static void run_many_hopper(const Attention &a) {
   in_parts(a, [](const Attention &a, unsigned count) {
-    LAUNCH((attend_many_hopper<PD, KEYS>), dim3(a.H, ceil_div(a.T, 128), count), BLOCK, (FORWARD_SHARED<PD, KEYS>), a);
+    LAUNCH((attend_many_hopper<PD, KEYS, TURNS>), dim3(a.H, ceil_div(a.T, 128), count), BLOCK, (FORWARD_SHARED<PD, KEYS>), a);
   });
 }
 
@@ -226,13 +239,22 @@ template <int PD> static __global__ void __launch_bounds__(BLOCK, 1) backward_ke
   Left<__nv_bfloat16> p[4], ds[4];
   settle(dk[0]);
   settle(dv[0]);
+  int held = -1; /* the step whose products may be under way */
   for (int i = 0; i < steps; i++) {
     const real *q = q_tile + i % 2 * Tile::SIZE, *d = d_tile + i % 2 * Tile::SIZE;
     const float2 *at = stats + i % 2 * 64;
     pipe.wait_full(i);
+    if (starts[i % 2] + 64 <= own) { /* all of them before the keys */
+      wgmma_wait<0>();
+      if (held >= 0) pipe.release(held);
+      held = -1;
+      pipe.release(i);
+      continue;
+    }
     begin_score<PD, 64>(s, k, q);
     wgmma_wait<1>();
-    if (i) pipe.release(i - 1);
+    if (held >= 0) pipe.release(held);
+    held = i;
     begin_score<PD, 64>(dp, v, d);
     wgmma_wait<1>();
     settle(s[0]);
@@ -356,7 +378,7 @@ template <int PD, int KEYS> static void run_queries_hopper(const Attention &a) {
 static bool has_warpgroups() {
   static const bool has = [] {
     cudaFuncAttributes found;
-    if (cudaFuncGetAttributes(&found, attend_many_hopper<128, 128>) != cudaSuccess) return false;
+    if (cudaFuncGetAttributes(&found, attend_many_hopper<128, 128, true>) != cudaSuccess) return false;
     return found.binaryVersion == 90 && found.numRegs > 64;
   }();
   return has;
