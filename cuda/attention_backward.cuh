@@ -23,7 +23,7 @@ __device__ static inline void load_groups(real *k_tile, real *v_tile, const Atte
                                    [&](int row) { return from + row * (a.G * a.P); });
 }
 
-/* How many tiles of QUERIES, from token `first` on, see any of KEYS keys (what is seen first never falls with t). All threads. */
+/* How many tiles of QUERIES, from token `first` on, see any of KEYS keys: what is seen first never falls. All threads call. */
 template <int KEYS, int QUERIES, int THREADS>
 __device__ static inline int tiles_that_see(const Attention &a, int b, int first) {
   int tiles = 0;

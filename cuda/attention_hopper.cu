@@ -42,18 +42,18 @@ template <int N> __device__ static inline void as_lefts(Left<__nv_bfloat16> (&a)
   for (int k = 0; k < N / 2; k++) as_left(a[k], s[0][2 * k], s[0][2 * k + 1]);
 }
 
-/* Two stages of tiles: tile i stands in stage i % 2. */
-struct Pipe {
-  uint64_t full[2], empty[2];
+/* Stages of tiles: tile i stands in stage i % STAGES. */
+template <int STAGES> struct Pipe {
+  uint64_t full[STAGES], empty[STAGES];
   __device__ void init() {
-    for (int i = 0; i < 2; i++) barrier_init(full + i, FETCHING), barrier_init(empty + i, (BLOCK - FETCHING) / 32);
+    for (int i = 0; i < STAGES; i++) barrier_init(full + i, FETCHING), barrier_init(empty + i, (BLOCK - FETCHING) / 32);
   }
-  __device__ void wait_empty(int i) { barrier_wait(empty + i % 2, ~(i / 2) & 1); }
-  __device__ void wait_full(int i) { barrier_wait(full + i % 2, i / 2 & 1); }
+  __device__ void wait_empty(int i) { barrier_wait(empty + i % STAGES, ~(i / STAGES) & 1); }
+  __device__ void wait_full(int i) { barrier_wait(full + i % STAGES, i / STAGES & 1); }
   /* By all lanes of a warp whose products from the tile are done. */
   __device__ void release(int i) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty + i % 2);
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + i % STAGES);
   }
 };
 
@@ -68,29 +68,33 @@ struct Fetcher {
     barrier_arrive(full);
     full = nullptr;
   }
-  template <class Copy> __device__ void fetch(Pipe &pipe, int i, Copy copy) {
-    if (i >= 2) hand_over<0>();
+  template <int STAGES, class Copy> __device__ void fetch(Pipe<STAGES> &pipe, int i, Copy copy) {
+    if (i >= STAGES) hand_over<0>();
     pipe.wait_empty(i);
-    copy(i % 2);
+    copy(i % STAGES);
     cp_async_commit();
     hand_over<1>();
-    full = pipe.full + i % 2;
+    full = pipe.full + i % STAGES;
   }
 };
 
 /* ---- forward ------------------------------------------------------------------------------------------------------------- */
 
-/* Shared: q of each warpgroup, two stages of keys and of values. */
-template <int PD, int KEYS> constexpr size_t FORWARD_SHARED = (2 * OWN<PD> + 4 * KEYS * PD) * sizeof(real);
+/* Stages of KEYS keys and values. */
+template <int KEYS> constexpr int KEY_STAGES = 256 / KEYS;
+/* Shared: q of each warpgroup, stages of keys and of values. */
+template <int PD, int KEYS>
+constexpr size_t FORWARD_SHARED = (2 * OWN<PD> + 2 * KEY_STAGES<KEYS> * KEYS * PD) * sizeof(real);
 
 /* Grid (H, tiles of 128 queries, B), the longest first. TURNS: the warpgroups begin their products in turn, so that one's
  * softmax runs beside the other's products. */
 template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__(BLOCK, 1) attend_many_hopper(Attention a) {
 #ifdef WARPGROUPS
+  constexpr int STAGES = KEY_STAGES<KEYS>;
   typedef Swizzled<PD, KEYS> Tile;
   DYNAMIC_SHARED(real, q_tile);
-  __shared__ Pipe k_pipe, v_pipe;
-  real *const k_tile = q_tile + 2 * OWN<PD>, *const v_tile = k_tile + 2 * Tile::SIZE;
+  __shared__ Pipe<STAGES> k_pipe, v_pipe;
+  real *const k_tile = q_tile + 2 * OWN<PD>, *const v_tile = k_tile + STAGES * Tile::SIZE;
   const int h = blockIdx.x, b = a.begin + blockIdx.z;
   const int first = (int)(gridDim.y - 1 - blockIdx.y) * 128, last = min(first + 128, a.T) - 1;
   const int base = base_of(a, b), low = first_seen(a, b, base, first), begin = (base + low) / KEYS * KEYS - base;
@@ -102,7 +106,7 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
     give_registers<40>();
     const Keys keys = keys_of(a, b, h / a.rep, base);
     Fetcher fetcher;
-    auto fetch = [&](Pipe &pipe, real *tile, const real *cache, const real *own, int i) {
+    auto fetch = [&](Pipe<STAGES> &pipe, real *tile, const real *cache, const real *own, int i) {
       fetcher.fetch(pipe, i, [&](int stage) {
         load_keys<Tile, KEYS, FETCHING, false>(tile + stage * Tile::SIZE, nullptr, a, keys, cache, own, begin + i * KEYS, low,
                                                last + 1);
@@ -146,9 +150,9 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
   for (int i = 1; i < tiles; i++) {
     k_pipe.wait_full(i);
     begin_turn();
-    begin_score<PD, KEYS>(s, q, k_tile + i % 2 * Tile::SIZE);
+    begin_score<PD, KEYS>(s, q, k_tile + i % STAGES * Tile::SIZE);
     v_pipe.wait_full(i - 1);
-    begin_weigh<PD, KEYS>(o, p, v_tile + (i - 1) % 2 * Tile::SIZE);
+    begin_weigh<PD, KEYS>(o, p, v_tile + (i - 1) % STAGES * Tile::SIZE);
     end_turn();
     wgmma_wait<1>();
     settle(s[0]);
@@ -163,7 +167,7 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
   }
   if (group == 0) begin_turn(); /* group 1's last one is over */
   v_pipe.wait_full(tiles - 1);
-  begin_weigh<PD, KEYS>(o, p, v_tile + (tiles - 1) % 2 * Tile::SIZE);
+  begin_weigh<PD, KEYS>(o, p, v_tile + (tiles - 1) % STAGES * Tile::SIZE);
   wgmma_wait<0>();
   settle(o[0]);
   barrier_of(1 + group, 128); /* q is read by all four warps */
@@ -179,8 +183,10 @@ template <int PD, int KEYS, bool TURNS = true> static void run_many_hopper(const
 
 /* ---- dk, dv -------------------------------------------------------------------------------------------------------------- */
 
-/* Shared: k and v of each warpgroup, two stages of q and dout, and their stats. */
-template <int PD> constexpr size_t KEYS_HOPPER = (4 * OWN<PD> + 4 * 64 * PD) * sizeof(real) + 2 * 64 * sizeof(float2);
+constexpr int QUERY_STAGES = 4;
+/* Shared: k and v of each warpgroup, stages of q and dout, and their stats. */
+template <int PD>
+constexpr size_t KEYS_HOPPER = (4 * OWN<PD> + 2 * QUERY_STAGES * 64 * PD) * sizeof(real) + QUERY_STAGES * 64 * sizeof(float2);
 
 /* A warp's sums of 16 keys, times factor, into a part (B,T,G,P). */
 template <int PD>
@@ -202,12 +208,13 @@ __device__ static inline void store_part(const float (&c)[1][PD / 8][4], float f
  * turn. The products for a step's gradients run on while the next scores begin. */
 template <int PD> static __global__ void __launch_bounds__(BLOCK, 1) backward_keys_hopper(Attention a) {
 #ifdef WARPGROUPS
+  constexpr int STAGES = QUERY_STAGES;
   typedef Swizzled<PD, 64> Tile;
   DYNAMIC_SHARED(real, k_tile);
-  __shared__ Pipe pipe;
-  __shared__ int starts[2]; /* where a stage's queries start */
-  real *const v_tile = k_tile + 2 * OWN<PD>, *const q_tile = v_tile + 2 * OWN<PD>, *const d_tile = q_tile + 2 * Tile::SIZE;
-  float2 *const stats = (float2 *)(d_tile + 2 * Tile::SIZE);
+  __shared__ Pipe<STAGES> pipe;
+  __shared__ int starts[STAGES]; /* where a stage's queries start */
+  real *const v_tile = k_tile + 2 * OWN<PD>, *const q_tile = v_tile + 2 * OWN<PD>, *const d_tile = q_tile + STAGES * Tile::SIZE;
+  float2 *const stats = (float2 *)(d_tile + STAGES * Tile::SIZE);
   const int part = blockIdx.x % a.split, g = blockIdx.x / a.split % a.G, b = blockIdx.x / a.split / a.G;
   const int first = blockIdx.y * 128, from = g * a.rep + part * a.rep / a.split, to = g * a.rep + (part + 1) * a.rep / a.split;
   const int tiles = tiles_that_see<128, 64, BLOCK>(a, b, first), steps = tiles * (to - from);
@@ -241,10 +248,10 @@ template <int PD> static __global__ void __launch_bounds__(BLOCK, 1) backward_ke
   settle(dv[0]);
   int held = -1; /* the step whose products may be under way */
   for (int i = 0; i < steps; i++) {
-    const real *q = q_tile + i % 2 * Tile::SIZE, *d = d_tile + i % 2 * Tile::SIZE;
-    const float2 *at = stats + i % 2 * 64;
+    const real *q = q_tile + i % STAGES * Tile::SIZE, *d = d_tile + i % STAGES * Tile::SIZE;
+    const float2 *at = stats + i % STAGES * 64;
     pipe.wait_full(i);
-    if (starts[i % 2] + 64 <= own) { /* all of them before the keys */
+    if (starts[i % STAGES] + 64 <= own) { /* all of them before the keys */
       wgmma_wait<0>();
       if (held >= 0) pipe.release(held);
       held = -1;
@@ -258,7 +265,7 @@ template <int PD> static __global__ void __launch_bounds__(BLOCK, 1) backward_ke
     begin_score<PD, 64>(dp, v, d);
     wgmma_wait<1>();
     settle(s[0]);
-    weights_of_keys(s, at, a, b, key, starts[i % 2]);
+    weights_of_keys(s, at, a, b, key, starts[i % STAGES]);
     wgmma_wait<0>();
     settle(dp[0]);
     slopes_of_keys(dp, s, at);
@@ -304,16 +311,18 @@ template <int PD> static void run_keys_hopper(const Attention &a) {
 
 /* ---- dq ------------------------------------------------------------------------------------------------------------------ */
 
-/* Shared: q and dout of each warpgroup, two stages of keys and values. */
-template <int PD, int KEYS> constexpr size_t QUERIES_HOPPER = (4 * OWN<PD> + 4 * KEYS * PD) * sizeof(real);
+/* Shared: q and dout of each warpgroup, stages of keys and values. */
+template <int PD, int KEYS>
+constexpr size_t QUERIES_HOPPER = (4 * OWN<PD> + 2 * KEY_STAGES<KEYS> * KEYS * PD) * sizeof(real);
 
 /* Grid (H, tiles of 128 queries, B), the longest first. */
 template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) backward_queries_hopper(Attention a) {
 #ifdef WARPGROUPS
+  constexpr int STAGES = KEY_STAGES<KEYS>;
   typedef Swizzled<PD, KEYS> Tile;
   DYNAMIC_SHARED(real, q_tile);
-  __shared__ Pipe pipe;
-  real *const d_tile = q_tile + 2 * OWN<PD>, *const k_tile = d_tile + 2 * OWN<PD>, *const v_tile = k_tile + 2 * Tile::SIZE;
+  __shared__ Pipe<STAGES> pipe;
+  real *const d_tile = q_tile + 2 * OWN<PD>, *const k_tile = d_tile + 2 * OWN<PD>, *const v_tile = k_tile + STAGES * Tile::SIZE;
   const int h = blockIdx.x, b = a.begin + blockIdx.z;
   const int first = (int)(gridDim.y - 1 - blockIdx.y) * 128, last = min(first + 128, a.T) - 1;
   const int begin = first_seen(a, b, 0, first) / KEYS * KEYS, tiles = (last - begin) / KEYS + 1;
@@ -344,7 +353,7 @@ template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) b
   settle(dq[0]);
   Left<__nv_bfloat16> ds[KEYS / 16];
   for (int i = 0; i < tiles; i++) {
-    const real *k = k_tile + i % 2 * Tile::SIZE, *v = v_tile + i % 2 * Tile::SIZE;
+    const real *k = k_tile + i % STAGES * Tile::SIZE, *v = v_tile + i % STAGES * Tile::SIZE;
     pipe.wait_full(i);
     begin_score<PD, KEYS>(s, q, k);
     wgmma_wait<1>();
