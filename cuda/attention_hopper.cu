@@ -7,7 +7,7 @@
  * read the tile are done. */
 #include "attention_backward.cuh"
 
-constexpr int FETCHING = 128, BLOCK = 3 * 128; /* threads: those that fetch, all */
+[[maybe_unused]] constexpr int FETCHING = 128, BLOCK = 3 * 128; /* threads: those that fetch, all */
 
 /* Tiles as wgmma reads them: panels of 64 columns, rows of 128 bytes with their 16-byte units permuted. */
 template <int PD, int ROWS> struct Swizzled {
@@ -290,7 +290,7 @@ template <int PD> static __global__ void __launch_bounds__(BLOCK, 1) backward_ke
 }
 
 /* dk, dv (n, a multiple of 8) = the sums of their parts, in order. Grid (blocks, 2). */
-static __global__ void add_parts(Attention a, size_t n) {
+[[maybe_unused]] static __global__ void add_parts(Attention a, size_t n) {
   real *out = blockIdx.y ? a.dv : a.dk;
   for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += (size_t)gridDim.x * blockDim.x * 4) {
     float4 sum = {0, 0, 0, 0};
