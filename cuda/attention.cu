@@ -95,48 +95,6 @@ void find_starts(int32_t *starts, const int32_t *prev, size_t B, size_t T) {
 
 /* ---- many tokens --------------------------------------------------------------------------------------------------------- */
 
-/* Scores to weights. Of a row: its greatest score so far, and this lane's part of the sum of weights. scale > 0. */
-template <int MT, int N, int D>
-__device__ static inline void online_softmax(float (&s)[MT][N][4], float (&o)[MT][D][4], float (&top)[MT][2],
-                                             float (&sum)[MT][2], float scale) {
-  float most[MT][2];
-  bool rises = false;
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float x = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < N; n++) x = fmaxf(x, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-      most[m][i] = fmaxf(top[m][i], quad_max(x));
-      rises |= most[m][i] != top[m][i];
-    }
-  if (__any_sync(0xffffffffu, rises)) { /* seldom, after the first tiles */
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const float shrink = exp2_approx((top[m][i] - most[m][i]) * scale);
-        top[m][i] = most[m][i];
-        sum[m][i] *= shrink;
-#pragma unroll
-        for (int d = 0; d < D; d++) o[m][d][2 * i] *= shrink, o[m][d][2 * i + 1] *= shrink;
-      }
-  }
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int c = 2 * i; c < 2 * i + 2; c++) {
-          s[m][n][c] = exp2_approx(s[m][n][c] * scale - top[m][i] * scale);
-          sum[m][i] += s[m][n][c];
-        }
-    }
-}
-
 /* Grid (H, tiles of queries, B), the longest first; a warp has 16 MT rows. Keys and values come KEYS at a time, one ahead. */
 template <int PD, int MT, int WARPS, int KEYS, int BLOCKS>
 static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_many(Attention a) {
@@ -145,21 +103,21 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_many(Attenti
   real *const k_tile = q_tile + at<PD>(ROWS, 0), *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
   const int h = blockIdx.x, b = a.begin + blockIdx.z;
   const int first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
-  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
+  const int mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
   const int base = base_of(a, b), low = first_seen(a, b, base, first), begin = (base + low) / KEYS * KEYS - base;
   const Keys keys = keys_of(a, b, h / a.rep, base);
   auto fetch = [&](int e, int to) {
-    load_keys<PD, KEYS, THREADS, true>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, keys, a.kcache, a.k, e,
-                                       low, last + 1);
+    load_keys<Padded<PD>, KEYS, THREADS, true>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, keys, a.kcache,
+                                               a.k, e, low, last + 1);
     cp_async_commit();
   };
 
   const real *q = a.q + query_at(a, b, first, h);
-  load_tile<PD, ROWS, THREADS>(q_tile, Alone(), q, a.P, a.whole, 0, a.T - first,
-                               [&](int row) { return q + row * (a.H * a.P); });
+  load_tile<Padded<PD>, ROWS, THREADS>(q_tile, Alone(), q, a.P, a.whole, 0, a.T - first,
+                                       [&](int row) { return q + row * (a.H * a.P); });
   float o[MT][PD / 8][4] = {}, top[MT][2], sum[MT][2] = {};
 #pragma unroll
-  for (int m = 0; m < MT; m++) top[m][0] = top[m][1] = -1e30f; /* below any score, and differences from it are no NaN */
+  for (int m = 0; m < MT; m++) top[m][0] = top[m][1] = NO_SCORE;
   int e = begin, buffer = 0;
   fetch(e, 0);
   for (; e <= last; e += KEYS, buffer ^= 1) {
@@ -170,36 +128,13 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_many(Attenti
     if (e >= warp_first + 16 * MT || e + KEYS <= first_seen(a, b, base, warp_first)) continue;
     float s[MT][N][4];
     score<PD>(s, q_tile, mine, k_tile, buffer * KEYS);
-    if (e + KEYS > warp_first + 1 || e < first_seen(a, b, base, min(warp_first + 16 * MT, a.T) - 1)) {
-#pragma unroll
-      for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int t = warp_first + 16 * m + 8 * i + g, from = first_seen(a, b, base, t) - e, to = t + 1 - e;
-#pragma unroll
-          for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int c = 0; c < 2; c++)
-              if (8 * n + 2 * j + c < from || 8 * n + 2 * j + c >= to) s[m][n][2 * i + c] = -INFINITY;
-        }
-    }
-    online_softmax(s, o, top, sum, a.scale);
+    hide_unseen(s, a, b, base, warp_first, e);
+    float shrink[MT][2];
+    if (online_softmax(s, top, sum, shrink, a.scale)) rescale(o, shrink);
     weigh<PD>(o, s, v_tile, buffer * KEYS);
   }
 
-  float factor[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int t = warp_first + 16 * m + 8 * i + g;
-      const float total = quad_sum(sum[m][i]);
-      factor[m][i] = 1 / total;
-      if (a.lse && j == 0 && t < a.T) a.lse[((size_t)b * a.H + h) * a.T + t] = top[m][i] * a.scale * LN2 + logf(total);
-    }
-  real *out = a.o + query_at(a, b, warp_first, h);
-  store_sums<PD>(o, factor, q_tile, mine, a.P, a.whole,
-                 [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
+  store_attended<PD>(o, top, sum, q_tile, mine, a, b, h, warp_first);
 }
 
 template <int PD, int MT, int WARPS, int KEYS>
@@ -303,7 +238,7 @@ void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q,
     find_starts(starts, rows.prev, B, T);
     a.starts = starts;
   }
-  if (!(scale > 0 && padded(P, [&](auto width) { return run_many_of<width>(a); })))
+  if (!(scale > 0 && (attend_on_hopper(a) || padded(P, [&](auto width) { return run_many_of<width>(a); }))))
     in_parts(a, [](const Attention &a, unsigned count) {
       LAUNCH(attend_plain, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a);
     });

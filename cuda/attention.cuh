@@ -26,6 +26,10 @@ template <class F> static bool padded(size_t P, F f) {
 
 template <int COLS> constexpr int PITCH = COLS + REALS_16;
 template <int COLS> __device__ static inline int at(int row, int col) { return row * PITCH<COLS> + col; }
+template <int PD> struct Padded {
+  static constexpr int COLS = PD;
+  __device__ static int at(int row, int col) { return ::at<PD>(row, col); }
+};
 
 /* Two bf16 in a word by one instruction. */
 __device__ static inline unsigned pack(float low, float high) {
@@ -57,31 +61,31 @@ struct Beside {
 __device__ static inline ptrdiff_t distance(const real *to, const real *from) { return (const char *)to - (const char *)from; }
 
 /* ROWS rows of P <= COLS reals by THREADS threads: rows from .. to stand at find(row), the others and columns from P on are
- * zero. whole: the rows are 16-byte aligned; then the copies are asynchronous, and the caller commits and waits. `any`: some
- * device address. */
-template <int COLS, int ROWS, int THREADS, int UNROLL = 4, class Second, class Find>
+ * zero. Layout: where a row and column are in the tile. whole: the rows are 16-byte aligned; then the copies are asynchronous,
+ * and the caller commits and waits. `any`: some device address. */
+template <class Layout, int ROWS, int THREADS, int UNROLL = 4, class Second, class Find>
 __device__ static inline void load_tile(real *tile, Second second, const real *any, int P, bool whole, int from, int to,
                                         Find find) {
-  constexpr int UNITS = COLS / REALS_16, STEP = THREADS / UNITS; /* THREADS is a multiple of UNITS */
+  constexpr int COLS = Layout::COLS, UNITS = COLS / REALS_16, STEP = THREADS / UNITS; /* THREADS is a multiple of UNITS */
   if (!whole) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
       const int row = i / COLS, col = i % COLS;
       const real *x = row >= from && row < to && col < P ? find(row) + col : nullptr;
-      tile[at<COLS>(row, col)] = x ? *x : float_to_real(0.0f);
-      second.copy(at<COLS>(row, col), x);
+      tile[Layout::at(row, col)] = x ? *x : float_to_real(0.0f);
+      second.copy(Layout::at(row, col), x);
     }
     return;
   }
-  const int first = threadIdx.x / UNITS, col = threadIdx.x % UNITS * REALS_16, start = at<COLS>(first, col);
+  const int first = threadIdx.x / UNITS, col = threadIdx.x % UNITS * REALS_16, start = Layout::at(first, col);
   const unsigned count = col < P ? max(to - from, 0) : 0;
 #pragma unroll UNROLL
   for (int i = 0; i < ROWS; i += STEP) {
     const int row = first + i, bytes = (unsigned)(row - from) < count ? 16 : 0;
     if (ROWS % STEP && row >= ROWS) break;
     const real *x = bytes ? find(row) + col : any;
-    cp_async_16(tile + start + at<COLS>(i, 0), x, bytes);
-    second.load(start + at<COLS>(i, 0), x, any, bytes);
+    cp_async_16(tile + start + Layout::at(i, 0), x, bytes);
+    second.load(start + Layout::at(i, 0), x, any, bytes);
   }
 }
 
@@ -274,8 +278,9 @@ struct Attention {
   Rope rope; /* inv_freq not NULL: to be done to q and k */
   const int32_t *starts; /* (B,T): where the token's document starts; NULL: 0 */
   float2 *stats;         /* backward: (B,H,padded T) of lse log2(e), delta */
+  float *parts;          /* backward: (split,2,B,T,G,P), parts of dk and dv by parts of a group's heads */
   float scale;
-  int window, B, T, H, G, P, K, rep, stats_T, begin; /* begin: the first b of a launch */
+  int window, B, T, H, G, P, K, rep, stats_T, split, begin; /* begin: the first b of a launch */
   bool whole; /* rows of P are 16-byte aligned */
 };
 
@@ -361,7 +366,7 @@ __device__ static inline const real *key_of(const Attention &a, const Keys &keys
 
 /* The tile of tokens t .. t+ROWS of an array that is partly in cache, partly own, zero outside low .. high: mostly rows in a
  * row. VALUES: the array is the keys', and the values of the same tokens go to a second tile. */
-template <int COLS, int ROWS, int THREADS, bool VALUES>
+template <class Layout, int ROWS, int THREADS, bool VALUES>
 __device__ static inline void load_keys(real *tile, real *values, const Attention &a, const Keys &keys, const real *cache,
                                         const real *own, int t, int low, int high) {
   const int stride = a.G * a.P, entry = t < 0 ? (keys.base + t) % a.K : 0, from = low - t, to = high - t;
@@ -370,17 +375,96 @@ __device__ static inline void load_keys(real *tile, real *values, const Attentio
     const real *run = cached ? entry_of(a, keys, cache, entry) : token_of(a, keys, own, t);
     auto find = [&](int row) { return run + row * stride; };
     if constexpr (VALUES)
-      load_tile<COLS, ROWS, THREADS>(tile, Beside{values, cached ? distance(a.vcache, a.kcache) : distance(a.v, a.k)}, own, a.P,
-                                     a.whole, from, to, find);
+      load_tile<Layout, ROWS, THREADS>(tile, Beside{values, cached ? distance(a.vcache, a.kcache) : distance(a.v, a.k)}, own,
+                                       a.P, a.whole, from, to, find);
     else
-      load_tile<COLS, ROWS, THREADS>(tile, Alone(), own, a.P, a.whole, from, to, find);
+      load_tile<Layout, ROWS, THREADS>(tile, Alone(), own, a.P, a.whole, from, to, find);
     return;
   }
-  load_tile<COLS, ROWS, THREADS, 1>(tile, Alone(), own, a.P, a.whole, from, to,
+  load_tile<Layout, ROWS, THREADS, 1>(tile, Alone(), own, a.P, a.whole, from, to,
                                     [&](int row) { return key_of(a, keys, cache, own, t + row); });
   if (VALUES)
-    load_tile<COLS, ROWS, THREADS, 1>(values, Alone(), own, a.P, a.whole, from, to,
+    load_tile<Layout, ROWS, THREADS, 1>(values, Alone(), own, a.P, a.whole, from, to,
                                       [&](int row) { return key_of(a, keys, a.vcache, a.v, t + row); });
+}
+
+/* ---- softmax of a warp's scores s (16 MT queries, 8 N keys) -------------------------------------------------------------- */
+
+constexpr float NO_SCORE = -1e30f; /* below any score, and differences from it are no NaN */
+
+/* Queries from warp_first on, tokens from e on: what is not seen is -inf. */
+template <int MT, int N>
+__device__ static inline void hide_unseen(float (&s)[MT][N][4], const Attention &a, int b, int base, int warp_first, int e) {
+  if (e + 8 * N <= warp_first + 1 && e >= first_seen(a, b, base, min(warp_first + 16 * MT, a.T) - 1)) return;
+  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int t = warp_first + 16 * m + 8 * i + g, from = first_seen(a, b, base, t) - e, to = t + 1 - e;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+          if (8 * n + 2 * j + c < from || 8 * n + 2 * j + c >= to) s[m][n][2 * i + c] = -INFINITY;
+    }
+}
+
+/* Scores to weights. Of a row: its greatest score so far, and this lane's part of the sum of weights. scale > 0. True: what was
+ * summed before must shrink. */
+template <int MT, int N>
+__device__ static inline bool online_softmax(float (&s)[MT][N][4], float (&top)[MT][2], float (&sum)[MT][2],
+                                             float (&shrink)[MT][2], float scale) {
+  bool rises = false;
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+      most = fmaxf(top[m][i], quad_max(most));
+      rises |= most != top[m][i];
+      shrink[m][i] = exp2_approx((top[m][i] - most) * scale);
+      top[m][i] = most, sum[m][i] *= shrink[m][i];
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int c = 2 * i; c < 2 * i + 2; c++) {
+          s[m][n][c] = exp2_approx(s[m][n][c] * scale - most * scale);
+          sum[m][i] += s[m][n][c];
+        }
+    }
+  return __any_sync(0xffffffffu, rises); /* seldom, after the first tiles */
+}
+template <int MT, int D> __device__ static inline void rescale(float (&o)[MT][D][4], const float (&shrink)[MT][2]) {
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int d = 0; d < D; d++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) o[m][d][c] *= shrink[m][c / 2];
+}
+
+/* The warp's o and lse to global memory, through its own rows of a tile. */
+template <int COLS, int MT>
+__device__ static inline void store_attended(const float (&o)[MT][COLS / 8][4], const float (&top)[MT][2],
+                                             const float (&sum)[MT][2], real *tile, int first, const Attention &a, int b, int h,
+                                             int warp_first) {
+  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+  float factor[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int t = warp_first + 16 * m + 8 * i + g;
+      const float total = quad_sum(sum[m][i]);
+      factor[m][i] = 1 / total;
+      if (a.lse && j == 0 && t < a.T) a.lse[((size_t)b * a.H + h) * a.T + t] = top[m][i] * a.scale * LN2 + logf(total);
+    }
+  real *out = a.o + query_at(a, b, warp_first, h);
+  store_sums<COLS>(o, factor, tile, first, a.P, a.whole,
+                   [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
 }
 
 /* ---- host ---------------------------------------------------------------------------------------------------------------- */
@@ -389,6 +473,12 @@ __device__ static inline void load_keys(real *tile, real *values, const Attentio
 void find_starts(int32_t *starts, const int32_t *prev, size_t B, size_t T);
 /* attention_few.cu: T <= PENDING with caches, which it writes; false: the head is too large. */
 bool attend_few_tokens(const Attention &a);
+
+/* attention_hopper.cu: many tokens by products of warpgroups; false: not this card, type or shape. */
+bool attend_on_hopper(const Attention &a);
+/* The gradients likewise, given stats and parts. backward_split: in how many parts dk and dv come; 0: not here. */
+int backward_split(const Attention &a);
+void backward_on_hopper(const Attention &a);
 
 /* A block's shared memory is bounded: 227 KB on Hopper, 99 KB on consumer cards. Do a kernel's tiles fit? */
 constexpr size_t LEAST_SHARED = 99 << 10;

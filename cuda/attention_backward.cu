@@ -3,7 +3,7 @@
  *
  *   o = p v, p = exp(s - lse):   dv = p^T dout     dp = dout v^T     ds = p (dp - delta), delta = dout . o
  *   s = scale q k^T:             dq = scale ds k   dk = scale ds^T q */
-#include "attention.cuh"
+#include "attention_backward.cuh"
 
 /* stats (B,H,stats_T) = lse log2(e), delta; behind T: p comes out 0. Eight lanes a row (b,t,h). */
 static __global__ void find_stats(Attention a) {
@@ -27,25 +27,6 @@ static __global__ void find_stats(Attention a) {
     a.stats[((size_t)b * a.H + h) * a.stats_T + t] =
         t < a.T ? make_float2(a.lse[((size_t)b * a.H + h) * a.T + t] * LOG2E, delta) : make_float2(INFINITY, 0);
 }
-__device__ static inline const float2 *stats_of(const Attention &a, int b, int h, int t) {
-  return a.stats + ((size_t)b * a.H + h) * a.stats_T + t;
-}
-
-/* ROWS tokens from t on of head h: rows of q and dout */
-template <int PD, int ROWS, int THREADS>
-__device__ static inline void load_heads(real *q_tile, real *d_tile, const Attention &a, int b, int t, int h) {
-  const real *from = a.q + query_at(a, b, t, h);
-  load_tile<PD, ROWS, THREADS>(q_tile, Beside{d_tile, distance(a.dout, a.q)}, a.q, a.P, a.whole, 0, a.T - t,
-                               [&](int row) { return from + row * (a.H * a.P); });
-}
-/* ROWS tokens from t on of group g: rows of k and v */
-template <int PD, int ROWS, int THREADS>
-__device__ static inline void load_groups(real *k_tile, real *v_tile, const Attention &a, int b, int t, int g) {
-  const real *from = a.k + key_at(a, b, t, g);
-  load_tile<PD, ROWS, THREADS>(k_tile, Beside{v_tile, distance(a.v, a.k)}, a.k, a.P, a.whole, 0, a.T - t,
-                               [&](int row) { return from + row * (a.G * a.P); });
-}
-
 /* ---- dk, dv -------------------------------------------------------------------------------------------------------------- */
 
 /* Grid (B G, tiles of 16 WARPS keys), the longest first; a warp has 16 keys. Tiles of QUERIES tokens of the group's heads in
@@ -58,20 +39,16 @@ static __global__ void __launch_bounds__(32 * WARPS, 1) backward_keys(Attention 
               *const d_tile = q_tile + at<PD>(2 * QUERIES, 0);
   float2 *const stats = (float2 *)(d_tile + at<PD>(2 * QUERIES, 0));
   const int group = blockIdx.x % a.G, b = blockIdx.x / a.G, first = blockIdx.y * KEYS, mine = threadIdx.x / 32 * 16;
-  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, key = first + mine;
-  int tiles = 0; /* of queries, from `first` on: what is seen first never falls with t */
-  for (int some = THREADS; some == THREADS; tiles += some) {
-    const int t = first + (tiles + (int)threadIdx.x) * QUERIES;
-    some = __syncthreads_count(t < a.T && first_seen(a, b, 0, t) < first + KEYS);
-  }
+  const int key = first + mine;
+  const int tiles = tiles_that_see<KEYS, QUERIES, THREADS>(a, b, first);
   auto fetch = [&](int step, int to) {
     const int h = group * a.rep + step / tiles, t = first + step % tiles * QUERIES;
-    load_heads<PD, QUERIES, THREADS>(q_tile + at<PD>(to * QUERIES, 0), d_tile + at<PD>(to * QUERIES, 0), a, b, t, h);
+    load_heads<Padded<PD>, QUERIES, THREADS>(q_tile + at<PD>(to * QUERIES, 0), d_tile + at<PD>(to * QUERIES, 0), a, b, t, h);
     if (threadIdx.x < QUERIES / 2) cp_async_16(stats + to * QUERIES + 2 * threadIdx.x, stats_of(a, b, h, t + 2 * threadIdx.x));
     cp_async_commit();
   };
 
-  load_groups<PD, KEYS, THREADS>(k_tile, v_tile, a, b, first, group);
+  load_groups<Padded<PD>, KEYS, THREADS>(k_tile, v_tile, a, b, first, group);
   float dk[1][DK ? PD / 8 : 1][4] = {}, dv[1][DV ? PD / 8 : 1][4] = {};
   fetch(0, 0);
   for (int step = 0; step < tiles * a.rep; step++) {
@@ -83,29 +60,15 @@ static __global__ void __launch_bounds__(32 * WARPS, 1) backward_keys(Attention 
     float s[1][N][4], dp[1][N][4];
     score<PD>(s, k_tile, mine, q_tile, row);
     if (DK) score<PD>(dp, v_tile, mine, d_tile, row);
-    const bool hides = now < key + 15 || ((a.starts || a.window) && first_seen(a, b, 0, min(now + QUERIES, a.T) - 1) > key);
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-      const float4 two = *(const float4 *)(stats + row + 8 * n + 2 * j); /* queries 2j, 2j+1 */
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        float p = exp2_approx(s[0][n][c] * a.scale - (c % 2 ? two.z : two.x));
-        if (hides) {
-          const int query = now + 8 * n + 2 * j + c % 2, e = key + g + c / 2 * 8;
-          if (e > query || e < first_seen(a, b, 0, query)) p = 0;
-        }
-        s[0][n][c] = p;
-        if (DK) dp[0][n][c] = p * (dp[0][n][c] - (c % 2 ? two.w : two.y));
-      }
-    }
+    weights_of_keys(s, stats + row, a, b, key, now);
+    if (DK) slopes_of_keys(dp, s, stats + row);
     if constexpr (DV) weigh<PD>(dv, s, d_tile, row);
     if constexpr (DK) weigh<PD>(dk, dp, q_tile, row);
   }
   __syncthreads();
-  const float one[1][2] = {{1, 1}}, scale[1][2] = {{a.scale * LN2, a.scale * LN2}};
-  auto place = [&](real *x, int row) { return key + row < a.T ? x + key_at(a, b, key + row, group) : (real *)nullptr; };
-  if constexpr (DK) store_sums<PD>(dk, scale, k_tile, mine, a.P, a.whole, [&](int row) { return place(a.dk, row); });
-  if constexpr (DV) store_sums<PD>(dv, one, k_tile, mine, a.P, a.whole, [&](int row) { return place(a.dv, row); });
+  if constexpr (DK)
+    store_gradient<PD>(dk, a.scale * LN2, k_tile, mine, a, key, [&](int t) { return a.dk + key_at(a, b, t, group); });
+  if constexpr (DV) store_gradient<PD>(dv, 1, k_tile, mine, a, key, [&](int t) { return a.dv + key_at(a, b, t, group); });
 }
 
 template <int PD, int WARPS, int QUERIES>
@@ -136,19 +99,16 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_queries(At
               *const v_tile = k_tile + at<PD>(2 * KEYS, 0);
   const int h = blockIdx.x, b = a.begin + blockIdx.z;
   const int first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, last = min(first + ROWS, a.T) - 1;
-  const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
+  const int mine = threadIdx.x / 32 * 16 * MT, warp_first = first + mine;
   const int warp_full = first_seen(a, b, 0, min(warp_first + 16 * MT - 1, last)); /* from here on all its rows see */
   auto fetch = [&](int e, int to) {
-    load_groups<PD, KEYS, THREADS>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, b, e, h / a.rep);
+    load_groups<Padded<PD>, KEYS, THREADS>(k_tile + at<PD>(to * KEYS, 0), v_tile + at<PD>(to * KEYS, 0), a, b, e, h / a.rep);
     cp_async_commit();
   };
 
-  load_heads<PD, ROWS, THREADS>(q_tile, d_tile, a, b, first, h);
+  load_heads<Padded<PD>, ROWS, THREADS>(q_tile, d_tile, a, b, first, h);
   float2 stats[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) stats[m][i] = *stats_of(a, b, h, warp_first + 16 * m + 8 * i + g);
+  load_stats(stats, a, b, h, warp_first);
   float dq[MT][PD / 8][4] = {};
   int e = first_seen(a, b, 0, first) / KEYS * KEYS, buffer = 0;
   fetch(e, 0);
@@ -160,30 +120,13 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_queries(At
     float s[MT][N][4], dp[MT][N][4];
     score<PD>(s, q_tile, mine, k_tile, buffer * KEYS);
     score<PD>(dp, d_tile, mine, v_tile, buffer * KEYS);
-    const bool hides = e + KEYS > warp_first + 1 || e < warp_full;
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int t = warp_first + 16 * m + 8 * i + g;
-        const int from = hides ? first_seen(a, b, 0, t) - e : 0, to = hides ? t + 1 - e : KEYS;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-          for (int c = 2 * i; c < 2 * i + 2; c++) {
-            const int at = 8 * n + 2 * j + c % 2;
-            const float p = at < from || at >= to ? 0 : exp2_approx(s[m][n][c] * a.scale - stats[m][i].x);
-            dp[m][n][c] = p * (dp[m][n][c] - stats[m][i].y);
-          }
-      }
+    weights_of_queries(s, stats, a, b, warp_first, warp_full, e);
+    slopes_of_queries(dp, s, stats);
     weigh<PD>(dq, dp, k_tile, buffer * KEYS);
   }
-  float scale[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; m++) scale[m][0] = scale[m][1] = a.scale * LN2;
   real *out = a.dq + query_at(a, b, warp_first, h);
-  store_sums<PD>(dq, scale, q_tile, mine, a.P, a.whole,
-                 [&](int row) { return warp_first + row < a.T ? out + row * (a.H * a.P) : (real *)nullptr; });
+  store_gradient<PD>(dq, a.scale * LN2, q_tile, mine, a, warp_first,
+                     [&](int t) { return out + (t - warp_first) * (a.H * a.P); });
 }
 
 template <int PD, int MT, int WARPS, int KEYS>
@@ -262,14 +205,18 @@ void attention_backward(real *dq, real *dk, real *dv, const real *dout, const re
   /* stats stand behind starts: tiles may look there for tokens behind T, where p is 0 anyway. */
   const size_t rows_of_stats = B * H * a.stats_T;
   const size_t starts = rows.prev ? round_16(B * T * sizeof *a.starts) : 0;
-  char *scratch = (char *)device_scratch(starts + rows_of_stats * sizeof *a.stats);
+  a.split = backward_split(a);
+  const size_t parts = a.split > 1 ? 2 * a.split * B * T * G * P * sizeof *a.parts : 0;
+  char *scratch = (char *)device_scratch(starts + rows_of_stats * sizeof *a.stats + parts);
   if (!scratch) return;
   a.stats = (float2 *)(scratch + starts);
+  a.parts = (float *)(a.stats + rows_of_stats);
   if (rows.prev) {
     find_starts((int32_t *)scratch, rows.prev, B, T);
     a.starts = (int32_t *)scratch;
   }
   LAUNCH(find_stats, ceil_div(rows_of_stats * 8, 256), 256, 0, a);
+  if (a.split) return backward_on_hopper(a);
   if (padded(P, [&](auto width) { return run_backward<width>(a); })) return;
   in_parts(a, [](const Attention &a, unsigned count) {
     LAUNCH(backward_plain<true>, dim3(a.T, a.G, count), 128, 2 * a.P * sizeof(float), a);

@@ -239,7 +239,7 @@ static __global__ void __launch_bounds__(128, BLOCKS) attend_few(Attention a, Pa
   const int token = a.rows.prev && (int)blockIdx.y < own ? (int)blockIdx.y : -1;
   const int begin = max(token, 0) * a.rep, end = token >= 0 ? begin + a.rep : a.T * a.rep; /* rows: token major, heads within */
   auto load_queries = [&](int r) {
-    load_tile<PD, 16, 128>(q_tile, Alone(), a.q, a.P, a.whole, 0, end - r, [&](int row) {
+    load_tile<Padded<PD>, 16, 128>(q_tile, Alone(), a.q, a.P, a.whole, 0, end - r, [&](int row) {
       return a.q + query_at(a, b, (r + row) / a.rep, group * a.rep + (r + row) % a.rep);
     });
     cp_async_commit();
@@ -267,9 +267,9 @@ static __global__ void __launch_bounds__(128, BLOCKS) attend_few(Attention a, Pa
       const bool fresh = item < own || chunk == from;
       if (!queried) load_queries(begin);
       queried = false;
-      load_keys<PD, CHUNK, 128, false>(k_tile, nullptr, a, keys, a.kcache, a.k, e - base, low - base, high - base);
+      load_keys<Padded<PD>, CHUNK, 128, false>(k_tile, nullptr, a, keys, a.kcache, a.k, e - base, low - base, high - base);
       cp_async_commit();
-      load_keys<PD, CHUNK, 128, false>(v_tile, nullptr, a, keys, a.vcache, a.v, e - base, low - base, high - base);
+      load_keys<Padded<PD>, CHUNK, 128, false>(v_tile, nullptr, a, keys, a.vcache, a.v, e - base, low - base, high - base);
       cp_async_commit();
       for (int r = begin; r < end; r += 16) {
         float old_top[2] = {}, old_sum[2] = {}, top[2], sum[2], *out[2];

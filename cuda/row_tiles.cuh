@@ -226,7 +226,7 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
       float acc[MMAS][COLS][4] = {};
       for (unsigned stage = 0; stage < stages; stage++) {
         cp_async_wait<DEPTH - 2>();
-        group_barrier(1 + slot, 32 * SHARE); /* the group's copies are there, and it has read the stage that is filled next */
+        barrier_of(1 + slot, 32 * SHARE); /* the group's copies are there, and it has read the stage that is filled next */
         const unsigned free = now ? now - 1 : DEPTH - 1;
         const uint4 *const ws = ring + now * STAGE + lane, *const xs = ws + (OUTS + share * COLS * 8) * 4;
         uint4 b[COLS];

@@ -8,6 +8,7 @@
 #include "../attention.cu"
 #include "../attention_backward.cu"
 #include "../attention_few.cu"
+#include "../attention_hopper.cu"
 #include "device.cuh"
 
 /* ---- a call -------------------------------------------------------------------------------------------------------------- */
@@ -46,6 +47,11 @@ static void time_many(const Attention &a, const real *expected, int past) {
   printf("  %3d rows (%d x %d) %3d keys, %d a multiprocessor %9.1f us %7.0f TFLOP/s   error %.1e\n", 16 * MT * WARPS, WARPS,
          16 * MT, KEYS, BLOCKS, us, 4 * causal(a, past) / us * 1e-6, error(a.o, expected, outputs(a)));
 }
+template <int PD, int KEYS, bool TURNS> static void time_many_hopper(const Attention &a, const real *expected, int past) {
+  const double us = timed(5, [&](int) { run_many_hopper<PD, KEYS, TURNS>(a); });
+  printf("  wgmma, 128 rows, %3d keys%-17s %9.1f us %7.0f TFLOP/s   error %.1e\n", KEYS, TURNS ? ", in turn" : "", us,
+         4 * causal(a, past) / us * 1e-6, error(a.o, expected, outputs(a)));
+}
 static void many(int B, int T, int H, int G, int P, int past, bool variants) {
   Attention a = shape(B, T, H, G, P);
   if (past) add_caches(a, past + T, std::vector<int32_t>(B, past));
@@ -60,6 +66,10 @@ static void many(int B, int T, int H, int G, int P, int past, bool variants) {
          P, us, 4 * causal(a, past) / us * 1e-6, error(a.o, expected, outputs(a)),
          same(a.o, again, outputs(a)) ? "same" : "DIFFERENT");
   if (variants && P == 128) {
+    time_many_hopper<128, 128, true>(a, expected, past);
+    time_many_hopper<128, 128, false>(a, expected, past);
+    time_many_hopper<128, 64, true>(a, expected, past);
+    time_many_hopper<128, 64, false>(a, expected, past);
     time_many<128, 2, 4, 64, 2>(a, expected, past);
     time_many<128, 2, 4, 32, 2>(a, expected, past);
     time_many<128, 2, 8, 64, 1>(a, expected, past);
@@ -71,15 +81,9 @@ static void many(int B, int T, int H, int G, int P, int past, bool variants) {
 
 /* ---- backward ------------------------------------------------------------------------------------------------------------ */
 
-template <int PD, int WARPS, int QUERIES> static void time_keys(const Attention &a) {
-  const double us = timed(3, [&](int) { run_keys_twice<PD, WARPS, QUERIES>(a); });
-  printf("  dk, dv: %3d keys, %2d queries                  %9.1f us %7.0f TFLOP/s of 8 P\n", 16 * WARPS, QUERIES, us,
-         8 * causal(a, 0) / us * 1e-6);
-}
-template <int PD, int MT, int WARPS, int KEYS, int BLOCKS> static void time_queries(const Attention &a) {
-  const double us = timed(3, [&](int) { run_queries<PD, MT, WARPS, KEYS, BLOCKS>(a); });
-  printf("  dq: %3d queries (%d x %d), %2d keys, %d a multiprocessor %9.1f us %7.0f TFLOP/s of 6 P\n", 16 * MT * WARPS, WARPS,
-         16 * MT, KEYS, BLOCKS, us, 6 * causal(a, 0) / us * 1e-6);
+template <class F> static void time_part(const char *name, const Attention &a, double flops, F f) {
+  const double us = timed(3, [&](int) { f(a); });
+  printf("  %-45s %9.1f us %7.0f TFLOP/s of %.0f P\n", name, us, flops * causal(a, 0) / us * 1e-6, flops);
 }
 static void backward(int B, int T, int H, int G, int P, bool documents) {
   Attention a = shape(B, T, H, G, P);
@@ -112,13 +116,19 @@ static void backward(int B, int T, int H, int G, int P, bool documents) {
          error(a.dk, dk, k), error(a.dv, dv, k), twice ? "same" : "DIFFERENT");
   printf("  delta %43.1f us %7.2f TB/s\n", of_stats, 2.0 * q * sizeof(real) / of_stats * 1e-6);
   if (P == 128 && !documents) {
-    time_keys<128, 8, 64>(x);
-    time_keys<128, 8, 32>(x);
-    time_keys<128, 4, 64>(x);
-    time_queries<128, 2, 4, 32, 2>(x);
-    time_queries<128, 1, 4, 64, 2>(x);
-    time_queries<128, 1, 8, 64, 1>(x);
-    time_queries<128, 2, 8, 32, 1>(x);
+    for (int split : {1, 2, 4}) {
+      x.split = split, x.parts = array<float>(2 * split * k);
+      time_part(split == 1   ? "dk, dv: wgmma, 128 keys, 64 queries"
+                : split == 2 ? "dk, dv: the same, heads in 2 parts"
+                             : "dk, dv: the same, heads in 4 parts",
+                x, 8, run_keys_hopper<128>);
+    }
+    time_part("dk, dv: 128 keys, 64 queries", x, 8, run_keys_twice<128, 8, 64>);
+    time_part("dk, dv: 64 keys, 64 queries", x, 8, run_keys_twice<128, 4, 64>);
+    time_part("dq: wgmma, 128 queries, 128 keys", x, 6, run_queries_hopper<128, 128>);
+    time_part("dq: wgmma, 128 queries, 64 keys", x, 6, run_queries_hopper<128, 64>);
+    time_part("dq: 128 queries (4 x 32), 32 keys", x, 6, run_queries<128, 2, 4, 32, 2>);
+    time_part("dq: 64 queries (4 x 16), 64 keys", x, 6, run_queries<128, 1, 4, 64, 2>);
   }
   free_all();
 }

@@ -100,7 +100,6 @@ void submit(std::function<void()> work); /* now, or into the graph that is being
 cudaError_t fails(cudaError_t error); /* the same; it is what cudaGetLastError gives */
 cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
 void barrier();                                  /* of the block */
-void barrier(int id, int count);                 /* of `count` of its threads */
 void warp_barrier(unsigned mask);
 void *warp_slot(int lane, int parity);           /* 256 bytes a lane, twice */
 int warp_turn();                                 /* 0 or 1, changes with each exchange of this thread */
@@ -108,6 +107,11 @@ int lane();
 unsigned char *shared_memory();
 int block_vote(int value, int how);              /* 0 count, 1 or, 2 and */
 unsigned live_lanes();
+void barrier_of(int id, int threads, bool wait); /* a named barrier of some threads */
+void wait_until(const std::function<bool()> &f); /* others run meanwhile */
+void later(std::function<void()> work);          /* this thread's asynchronous products, in groups, */
+void commit_later();
+void run_later(int left);                        /* done but for the last `left` groups */
 
 /* Every lane of mask puts a T; get(from) reads any lane's. Two parities: nobody overwrites what a slow lane still reads. */
 template <class T> struct Exchange {
@@ -134,6 +138,11 @@ template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunc
   dim3 grid = c->gridDim, block = c->blockDim;
   size_t shared = c->dynamicSmemBytes;
   emulator::submit([=] { emulator::run(grid, block, shared, [&] { std::apply(kernel, values); }); });
+  return cudaSuccess;
+}
+struct cudaFuncAttributes { int binaryVersion, numRegs; };
+template <class F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *) { /* of a Hopper card */
+  *attributes = {90, 168};
   return cudaSuccess;
 }
 template <class F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }

@@ -60,6 +60,7 @@ int lane() { return current % 32; }
 int warp_turn() { return turns[current]++ & 1; }
 void *warp_slot(int l, int parity) { return warps[current / 32].slot[parity][l]; }
 static void yield() { emulator_switch(&context[current], scheduler); }
+static std::vector<std::vector<std::function<void()>>> groups[MOST_THREADS]; /* of products under way; the last one is open */
 
 unsigned live_lanes() {
   unsigned mask = 0;
@@ -103,23 +104,34 @@ void barrier() {
   }
 }
 
-void barrier(int id, int count) {
-  static struct {
-    int waiting;
-    unsigned epoch;
-  } named[16];
-  unsigned now = named[id].epoch;
-  if (++named[id].waiting == count) {
-    named[id].waiting = 0;
-    named[id].epoch++;
-    return;
-  }
-  for (long spins = 0; named[id].epoch == now; spins++) {
+void wait_until(const std::function<bool()> &f) {
+  for (long spins = 0; !f(); spins++) {
     if (spins > 1 << 20) {
-      fprintf(stderr, "emulator: barrier %d waits for threads that never come (block %u, thread %d)\n", id, blockIdx.x, current);
+      fprintf(stderr, "emulator: a barrier waits for arrivals that never come (block %u, thread %d)\n", blockIdx.x, current);
       abort();
     }
     yield();
+  }
+}
+
+void barrier_of(int id, int count, bool wait) {
+  static int arrived[16];
+  static unsigned turn[16];
+  const unsigned now = turn[id];
+  if (++arrived[id] == count) arrived[id] = 0, turn[id]++;
+  if (wait) wait_until([=] { return turn[id] != now; });
+}
+
+void later(std::function<void()> f) {
+  if (groups[current].empty()) groups[current].emplace_back();
+  groups[current].back().push_back(std::move(f));
+}
+void commit_later() { groups[current].emplace_back(); }
+void run_later(int left) {
+  auto &mine = groups[current];
+  while ((int)mine.size() > left + 1) {
+    for (auto &f : mine.front()) f();
+    mine.erase(mine.begin());
   }
 }
 
@@ -148,6 +160,7 @@ static void start(int i) {
   context[i] = top;
   done[i] = false;
   turns[i] = 0;
+  groups[i].clear();
 }
 
 cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {

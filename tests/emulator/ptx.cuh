@@ -51,7 +51,6 @@ static inline void cp_async_16(void *shared, const void *global, int bytes = 16)
 static inline void cp_async_16_ahead(void *shared, const void *global, int bytes = 16) { cp_async_16(shared, global, bytes); }
 static inline void cp_async_commit() {}
 template <int N> static inline void cp_async_wait() {}
-static inline void group_barrier(int id, int threads) { emulator::barrier(id, threads); }
 static inline void wait_for_previous_kernel() {}
 static inline void let_next_kernel_start() {}
 static inline float exp2_approx(float x) { return exp2f(x); }
@@ -60,4 +59,71 @@ static inline float reciprocal_approx(float x) { return 1.0f / x; }
 static inline uint4 load_streaming(const void *p) { uint4 v; memcpy(&v, p, 16); return v; }
 static inline void forget(uint4 &) {}
 static inline void prefetch_l2(const void *) {}
+
+/* ---- Hopper: a product is computed when its group is waited for, as late as the hardware may ----------------------------- */
+
+#define WARPGROUPS 1
+static inline unsigned shared_address(const void *p) { return (unsigned)((const unsigned char *)p - emulator::shared_memory()); }
+static inline uint64_t matrix_128(const void *start, int leading, int stride) {
+  assert(leading % 16 == 0 && stride % 16 == 0 && shared_address(start) % 16 == 0);
+  return (uint64_t)(shared_address(start) >> 4 & 0x3fff) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | 1ull << 62;
+}
+static inline uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
+
+/* Element (row of A or column of B, k) of the matrix that a descriptor (PTX ISA, wgmma; 128-byte swizzle) names. */
+static inline float emulated_element(uint64_t matrix, int transposed, int row, int k) {
+  assert(matrix >> 62 == 1 && (matrix >> 49 & 7) == 0);
+  const unsigned start = (matrix & 0x3fff) << 4, leading = (matrix >> 16 & 0x3fff) << 4, stride = (matrix >> 32 & 0x3fff) << 4;
+  unsigned at = transposed ? start + row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
+                           : start + row / 8 * stride + row % 8 * 128 + k * 2;
+  at ^= (at >> 7 & 7) << 4;
+  assert(at < 232448);
+  return __bfloat162float(*(const __nv_bfloat16 *)(emulator::shared_memory() + at));
+}
+template <int TRANSPOSED, int N, class A> static inline void emulated_wgmma(float (&c)[N][4], A a, uint64_t b, int add) {
+  const int lane = emulator::lane(), j = lane % 4;
+  float (*const sums)[4] = c;
+  emulator::later([=] {
+    for (int n = 0; n < N; n++)
+      for (int i = 0; i < 4; i++) {
+        float sum = 0;
+        for (int k = 0; k < 16; k++) sum += a(i / 2, k) * emulated_element(b, TRANSPOSED, 8 * n + 2 * j + i % 2, k);
+        sums[n][i] = add ? sums[n][i] + sum : sum;
+      }
+  });
+}
+template <int TRANSPOSED, int N> static inline void wgmma(float (&c)[N][4], uint64_t a, uint64_t b, int add) {
+  const int row = threadIdx.x % 128 / 32 * 16 + emulator::lane() / 4;
+  emulated_wgmma<TRANSPOSED>(c, [=](int half, int k) { return emulated_element(a, 0, row + 8 * half, k); }, b, add);
+}
+template <int TRANSPOSED, int N> static inline void wgmma(float (&c)[N][4], const unsigned (&a)[4], uint64_t b, int add) {
+  struct Fragment { unsigned a[4]; } mine;
+  struct Rows { float v[2][16]; } rows;
+  memcpy(mine.a, a, sizeof mine.a);
+  emulator::Exchange<Fragment> e(mine, 0xffffffffu);
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k < 16; k++)
+      rows.v[half][k] = emulated_half(e.get((emulator::lane() & ~3) + k % 8 / 2).a[half + k / 8 * 2], k % 2);
+  emulated_wgmma<TRANSPOSED>(c, [=](int half, int k) { return rows.v[half][k]; }, b, add);
+}
+static inline void wgmma_fence() {}
+static inline void wgmma_commit() { emulator::commit_later(); }
+template <int N> static inline void wgmma_wait() { emulator::run_later(N); }
+template <int N> static inline void settle(float (&)[N][4]) {}
+static inline void fence_async() {}
+
+/* count, arrivals that are missing, phase */
+static inline void barrier_init(uint64_t *barrier, int count) { *barrier = (uint64_t)count << 48 | (uint64_t)count << 32; }
+static inline void barrier_arrive(uint64_t *barrier) {
+  uint64_t v = *barrier - (1ull << 32);
+  if (!(v >> 32 & 0xffff)) v = ((v & 0xffff000000000000ull) | v >> 48 << 32 | (v & 0xffffffffu)) + 1;
+  *barrier = v;
+}
+static inline void barrier_wait(uint64_t *barrier, int parity) {
+  emulator::wait_until([=] { return (int)(*(volatile uint64_t *)barrier & 1) != parity; });
+}
+static inline void barrier_of(int id, int threads) { emulator::barrier_of(id, threads, true); }
+static inline void barrier_join(int id, int threads) { emulator::barrier_of(id, threads, false); }
+template <int N> static inline void give_registers() {}
+template <int N> static inline void take_registers() {}
 #endif
