@@ -39,21 +39,19 @@ template <int N>
 __device__ static inline void weights_of_keys(float (&s)[1][N][4], const float2 *stats, const Attention &a, int b, int key,
                                               int now) {
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+  const bool hides = now < key + 15 || ((a.starts || a.window) && first_seen(a, b, 0, min(now + 8 * N, a.T) - 1) > key);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     const float4 two = *(const float4 *)(stats + 8 * n + 2 * j); /* queries 2j, 2j+1 */
 #pragma unroll
-    for (int c = 0; c < 4; c++) s[0][n][c] = exp2_approx(s[0][n][c] * a.scale - (c % 2 ? two.z : two.x));
-  }
-  const bool some = a.starts || a.window; /* of the keys before the queries may be hidden */
-  if (now >= key + 15 && !(some && first_seen(a, b, 0, min(now + 8 * N, a.T) - 1) > key)) return;
-#pragma unroll
-  for (int n = 0; n < N; n++)
-#pragma unroll
     for (int c = 0; c < 4; c++) {
-      const int query = now + 8 * n + 2 * j + c % 2, e = key + g + c / 2 * 8;
-      if (e > query || (some && e < first_seen(a, b, 0, query))) s[0][n][c] = 0;
+      s[0][n][c] = exp2_approx(s[0][n][c] * a.scale - (c % 2 ? two.z : two.x));
+      if (hides) {
+        const int query = now + 8 * n + 2 * j + c % 2, e = key + g + c / 2 * 8;
+        if (e > query || e < first_seen(a, b, 0, query)) s[0][n][c] = 0;
+      }
     }
+  }
 }
 template <int N>
 __device__ static inline void slopes_of_keys(float (&dp)[1][N][4], const float (&p)[1][N][4], const float2 *stats) {
