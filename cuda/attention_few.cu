@@ -86,7 +86,7 @@ __device__ static Sum<PD> add_class(const float *row, const Partials &p, const i
   const int cached = seen.z / CHUNK, first = seen.w, units = SPAN / p.n;
   const int skipped = first / p.n, end = cached > first ? (cached + p.n - 1) / p.n : 0;
   const int from = seen.x / CHUNK / SPAN, to = (seen.y - 1) / CHUNK / SPAN;
-  Sum<PD> all, inner, part[SPAN];
+  Sum<PD> all, inner, part[SPAN], mine[2];
   all.clear();
   for (int span = from + (i - from % CLASSES + CLASSES) % CLASSES; span <= to; span += CLASSES) {
     inner.clear();
@@ -97,12 +97,14 @@ __device__ static Sum<PD> add_class(const float *row, const Partials &p, const i
       if (k < units && unit >= skipped && unit < end) part[k].load(row + (size_t)(unit - skipped) * (PD + 4));
     }
 #pragma unroll
+    for (int k = 0; k < 2; k++) {
+      mine[k].clear();
+      if ((cached + k) / SPAN == span && (cached + k) * CHUNK < seen.y) mine[k].load(row + (size_t)(p.slots + k) * (PD + 4));
+    }
+#pragma unroll
     for (int k = 0; k < SPAN; k++) inner.add(part[k]);
-    for (int k = 0; k < 2; k++)
-      if ((cached + k) / SPAN == span && (cached + k) * CHUNK < seen.y) {
-        part[0].load(row + (size_t)(p.slots + k) * (PD + 4));
-        inner.add(part[0]);
-      }
+    inner.add(mine[0]);
+    inner.add(mine[1]);
     all.add(inner);
   }
   return all;
@@ -380,7 +382,7 @@ template <int PD, int CHUNK> static bool run_few(const Attention &a, int n = 0) 
   const int rows = (int)std::min<size_t>(std::min(a.B, 65535), most); /* of b, whose partials fit in 128 MB */
   unsigned char *scratch = (unsigned char *)device_scratch(seen + rows * row);
   if (!scratch) return true;
-  const bool together = spans <= 4 && a.T * a.rep <= 32 && a.B <= rows && groups <= MOST_GROUPS; /* a block can add a group's chunks */
+  const bool together = spans <= 4 && a.T * a.rep <= 8 && a.B <= rows && groups <= MOST_GROUPS; /* a block can add a group's chunks */
   p.seen = together ? nullptr : (int4 *)scratch;
   p.data = (float *)(scratch + seen);
   const int own = a.rows.prev ? a.T : 1;

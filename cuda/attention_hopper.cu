@@ -86,9 +86,8 @@ template <int KEYS> constexpr int KEY_STAGES = 256 / KEYS;
 template <int PD, int KEYS>
 constexpr size_t FORWARD_SHARED = (2 * OWN<PD> + 2 * KEY_STAGES<KEYS> * KEYS * PD) * sizeof(real);
 
-/* Grid (H, tiles of 128 queries, B), the longest first. TURNS: the warpgroups begin their products in turn, so that one's
- * softmax runs beside the other's products. */
-template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__(BLOCK, 1) attend_many_hopper(Attention a) {
+/* Grid (H, tiles of 128 queries, B), the longest first. */
+template <int PD, int KEYS> static __global__ void __launch_bounds__(BLOCK, 1) attend_many_hopper(Attention a) {
 #ifdef WARPGROUPS
   constexpr int STAGES = KEY_STAGES<KEYS>;
   typedef Swizzled<PD, KEYS> Tile;
@@ -130,17 +129,8 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
   real *const q = q_tile + group * OWN<PD>;
   float o[1][PD / 8][4] = {}, s[1][KEYS / 8][4], top[1][2] = {{NO_SCORE, NO_SCORE}}, sum[1][2] = {}, shrink[1][2];
   Left<__nv_bfloat16> p[KEYS / 16];
-  auto begin_turn = [&] {
-    if (TURNS) barrier_of(3 + group, 256);
-  };
-  auto end_turn = [&] {
-    if (TURNS) barrier_join(4 - group, 256);
-  };
-  if (group == 1) end_turn(); /* the first one is group 0's */
   k_pipe.wait_full(0);
-  begin_turn();
   begin_score<PD, KEYS>(s, q, k_tile);
-  end_turn();
   wgmma_wait<0>();
   settle(s[0]);
   k_pipe.release(0);
@@ -149,11 +139,9 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
   as_lefts(p, s);
   for (int i = 1; i < tiles; i++) {
     k_pipe.wait_full(i);
-    begin_turn();
     begin_score<PD, KEYS>(s, q, k_tile + i % STAGES * Tile::SIZE);
     v_pipe.wait_full(i - 1);
     begin_weigh<PD, KEYS>(o, p, v_tile + (i - 1) % STAGES * Tile::SIZE);
-    end_turn();
     wgmma_wait<1>();
     settle(s[0]);
     k_pipe.release(i);
@@ -165,7 +153,6 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
     if (rises) rescale(o, shrink);
     as_lefts(p, s);
   }
-  if (group == 0) begin_turn(); /* group 1's last one is over */
   v_pipe.wait_full(tiles - 1);
   begin_weigh<PD, KEYS>(o, p, v_tile + (tiles - 1) % STAGES * Tile::SIZE);
   wgmma_wait<0>();
@@ -175,9 +162,9 @@ template <int PD, int KEYS, bool TURNS> static __global__ void __launch_bounds__
 #endif
 }
 
-template <int PD, int KEYS, bool TURNS = true> static void run_many_hopper(const Attention &a) {
+template <int PD, int KEYS> static void run_many_hopper(const Attention &a) {
   in_parts(a, [](const Attention &a, unsigned count) {
-    LAUNCH((attend_many_hopper<PD, KEYS, TURNS>), dim3(a.H, ceil_div(a.T, 128), count), BLOCK, (FORWARD_SHARED<PD, KEYS>), a);
+    LAUNCH((attend_many_hopper<PD, KEYS>), dim3(a.H, ceil_div(a.T, 128), count), BLOCK, (FORWARD_SHARED<PD, KEYS>), a);
   });
 }
 
@@ -387,7 +374,7 @@ template <int PD, int KEYS> static void run_queries_hopper(const Attention &a) {
 static bool has_warpgroups() {
   static const bool has = [] {
     cudaFuncAttributes found;
-    if (cudaFuncGetAttributes(&found, attend_many_hopper<128, 128, true>) != cudaSuccess) return false;
+    if (cudaFuncGetAttributes(&found, attend_many_hopper<128, 128>) != cudaSuccess) return cudaGetLastError(), false;
     return found.binaryVersion == 90 && found.numRegs > 64;
   }();
   return has;

@@ -11,7 +11,8 @@
  * and x.
  *
  * few_rows copies W through shared memory as if that were more registers: a lane reads back what it copied itself, so its
- * ring needs no barrier, and 64 KiB a multiprocessor are always under way. */
+ * ring needs no barrier, and 112 KiB a multiprocessor are always under way. The next launch may start at once: its blocks find room
+ * where blocks of this one end, and fill their rings while others still compute. */
 #ifndef MIL_FEW_ROWS_CUH
 #define MIL_FEW_ROWS_CUH
 #include "common.cuh"
@@ -111,7 +112,6 @@ struct Few {
   Product p[MOST_PRODUCTS];      /* gated: gate and up, y in the first */
   unsigned first[MOST_PRODUCTS + 1]; /* a product's first unit of 8 outputs (of both, gated); behind the last: how many there are */
   unsigned M;
-  unsigned late; /* the next kernel may start when a block has `late` units left */
   int n, how;
   const real *x;
   const float *norm;
@@ -316,8 +316,8 @@ static __global__ void __launch_bounds__(THREADS, 1) few_rows(const __grid_const
   if (c.norm)
     for (size_t k = 8 * threadIdx.x; k < c.K; k += 8 * THREADS) prefetch_l2(c.norm + k);
   wait_for_previous_kernel();
+  let_next_kernel_start();
   Cursor<GROUPS, GATED> here(c, 1, g); /* the tile that is computed */
-  if (here.end - here.unit <= c.late) let_next_kernel_start();
 
   /* Rows of x that do not exist are the last one: what comes of them is not stored. */
   const uint4 *staged[COLS];
@@ -349,7 +349,6 @@ static __global__ void __launch_bounds__(THREADS, 1) few_rows(const __grid_const
   for (; !here.done(); here.advance(c, g)) {
     Outputs<GROUPS, COLS, GATED> out;
     out.read(c, here.unit, here.count, here.product);
-    if (here.end - here.unit <= c.late) let_next_kernel_start();
     float acc[MMAS][COLS][4] = {};
     for (unsigned stage = 0; stage < w.stages; stage++) {
       const unsigned free = slot ? slot - 1 : DEPTH - 1;

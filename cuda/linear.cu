@@ -26,6 +26,7 @@ static size_t shared_limit() {
 }
 
 /* How few_rows is launched: the deepest rings that fit, beside staged rows of x if those fit; a norm and a gated pair need them staged.
+ * More than half of the shared memory, so that the next launch's blocks come one by one, each where a block of this one ends.
  * depth 0: it is not. */
 struct Shape {
   int depth;
@@ -36,17 +37,15 @@ constexpr int TILE = 4; /* units of a tile */
 [[maybe_unused]] static Shape choose(const Few &c, bool gated) {
   const int cols = c.M > 8 ? 2 : 1;
   for (bool staged : {true, false})
-    for (int depth : {6, 4}) {
+    for (int depth : {8, 4}) {
       const size_t bytes = few_shared(TILE, cols, depth, staged, c.M, c.K);
-      if (bytes <= shared_limit() && (staged || !(c.norm || gated))) return {depth, staged, bytes};
+      if (bytes <= shared_limit() && (staged || !(c.norm || gated))) return {depth, staged, std::max(bytes, shared_limit() / 2 + 1)};
     }
   return {};
 }
 
-/* The next kernel may start when a block has about 64 KiB of W left. */
 template <int COLS, int DEPTH, bool STAGED, bool GATED> static void start_few(Few &c, size_t shared) {
   const unsigned units = find_units(&c, GATED);
-  c.late = (unsigned)((64 << 10) / (8 * (1 + GATED) * sizeof(bf16) * (c.K + 1)) + 1);
   LAUNCH_EARLY((few_rows<TILE, COLS, DEPTH, STAGED, GATED>), blocks_for(units, 1, multiprocessors()), THREADS, shared, c);
 }
 template <int COLS, int DEPTH> static void start_few(Few &c, const Shape &s, bool gated) {
@@ -67,8 +66,8 @@ template <class R> static bool one_launch(Few c, bool gated) {
   if (c.M > 16 || vectors & 15) return false;
   const Shape s = choose(c, gated);
   if constexpr (sizeof(R) == sizeof(bf16)) {
-    if (s.depth == 6 && c.M <= 8) start_few<1, 6>(c, s, gated);
-    if (s.depth == 6 && c.M > 8) start_few<2, 6>(c, s, gated);
+    if (s.depth == 8 && c.M <= 8) start_few<1, 8>(c, s, gated);
+    if (s.depth == 8 && c.M > 8) start_few<2, 8>(c, s, gated);
     if (s.depth == 4 && c.M <= 8) start_few<1, 4>(c, s, gated);
     if (s.depth == 4 && c.M > 8) start_few<2, 4>(c, s, gated);
   }

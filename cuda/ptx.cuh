@@ -160,12 +160,9 @@ __device__ static inline void barrier_wait(uint64_t *barrier, int parity) {
   asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}\n"
                ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
-/* Of `threads` threads, some of which may join without waiting; id 1 .. 15. */
+/* Of `threads` threads, a multiple of 32; id 1 .. 15. */
 __device__ static inline void barrier_of(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ static inline void barrier_join(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 /* The warpgroup gives registers back, down to N a thread; or takes them, up to N. */
 template <int N> __device__ static inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(N)); }

@@ -107,7 +107,7 @@ int lane();
 unsigned char *shared_memory();
 int block_vote(int value, int how);              /* 0 count, 1 or, 2 and */
 unsigned live_lanes();
-void barrier_of(int id, int threads, bool wait); /* a named barrier of some threads */
+void barrier_of(int id, int threads); /* a named barrier of some threads */
 void wait_until(const std::function<bool()> &f); /* others run meanwhile */
 void later(std::function<void()> work);          /* this thread's asynchronous products, in groups, */
 void commit_later();

@@ -114,12 +114,12 @@ void wait_until(const std::function<bool()> &f) {
   }
 }
 
-void barrier_of(int id, int count, bool wait) {
+void barrier_of(int id, int count) {
   static int arrived[16];
   static unsigned turn[16];
   const unsigned now = turn[id];
   if (++arrived[id] == count) arrived[id] = 0, turn[id]++;
-  if (wait) wait_until([=] { return turn[id] != now; });
+  wait_until([=] { return turn[id] != now; });
 }
 
 void later(std::function<void()> f) {

@@ -122,8 +122,7 @@ static inline void barrier_arrive(uint64_t *barrier) {
 static inline void barrier_wait(uint64_t *barrier, int parity) {
   emulator::wait_until([=] { return (int)(*(volatile uint64_t *)barrier & 1) != parity; });
 }
-static inline void barrier_of(int id, int threads) { emulator::barrier_of(id, threads, true); }
-static inline void barrier_join(int id, int threads) { emulator::barrier_of(id, threads, false); }
+static inline void barrier_of(int id, int threads) { emulator::barrier_of(id, threads); }
 template <int N> static inline void give_registers() {}
 template <int N> static inline void take_registers() {}
 #endif
