@@ -463,15 +463,13 @@ static real *final_hidden(Model *m, const Call *k, const real *h) {
   return normed;
 }
 
-int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,
+int model_loss(Model *m, Model *teacher, float *out, const int32_t *ids, const int32_t *target, const float *wce,
                const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T) {
   const size_t M = B * T, C = m->c.width, V = m->c.vocab;
   Saved *volatile saved = NULL;
-  float *volatile sums = NULL;
   jmp_buf out_of_memory;
   if (setjmp(out_of_memory)) {
     free(saved);
-    free(sums);
     return -1;
   }
   Rows rows = {.prev = prev};
@@ -487,8 +485,7 @@ int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, cons
   arena_begin(a, &out_of_memory);
   if (backward && model_gradients(m)) return -1;
   saved = backward ? calloc(m->c.layers + 1, sizeof *saved) : NULL;
-  sums = malloc(2 * M * sizeof *sums);
-  if ((backward && !saved) || !sums) longjmp(out_of_memory, 1);
+  if (backward && !saved) longjmp(out_of_memory, 1);
   Call k = begin_call(m, NULL, ids, &rows, 0, target, 0, B, T);
   const int32_t *device_target = k.target;
   real *h = run_layers(m, &k, saved, recompute);
@@ -507,13 +504,7 @@ int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, cons
   } else {
     lm_loss_forward(losses, losses + M, normed, w, device_target, th, tw, weight, weight + M, tau, kind, M, C, V, K);
   }
-  device_pull(sums, losses, 2 * M * sizeof *sums);
-  out[0] = out[1] = 0;
-  for (size_t i = 0; i < M; i++) {
-    out[0] += target[i] >= 0 ? sums[i] : 0;
-    out[1] += sums[M + i];
-  }
+  device_pull(out, losses, 2 * M * sizeof *out);
   free(saved);
-  free(sums);
   return 0;
 }

@@ -181,8 +181,8 @@ void param_set_trainable(Model *m, Param *p, int trainable);
 int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
 int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
 
-/* out: sums over rows of ce and kl. Weights (M) host, per row; gradient of sum wce ce + wkl kl when backward. */
-int model_loss(Model *m, Model *teacher, double out[2], const int32_t *ids, const int32_t *target, const float *wce,
+/* losses: ce, then kl, of each position (2,M) host. Weights (M) host; gradient of sum wce ce + wkl kl when backward. */
+int model_loss(Model *m, Model *teacher, float *losses, const int32_t *ids, const int32_t *target, const float *wce,
                const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
 
 real *reals(Arena *arena, size_t n);

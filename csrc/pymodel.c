@@ -508,13 +508,15 @@ static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
     return PyErr_Format(PyExc_ValueError, "the teacher's vocabulary has %zu tokens, the student's %zu", t->c.vocab, o->m.c.vocab);
   if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
   if (check_rows("loss", NULL, before, 0, B, T, B)) return NULL;
-  double out[2] = {0, 0};
+  npy_intp shape[3] = {2, (npy_intp)B, (npy_intp)T};
+  PyObject *out = PyArray_SimpleNew(3, shape, NPY_FLOAT32);
   int failed = 0;
-  if (B && T) COMPUTE(failed = model_loss(&o->m, t, out, ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
+  if (!out) return NULL;
+  if (B && T) COMPUTE(failed = model_loss(&o->m, t, PyArray_DATA((PyArrayObject *)out), ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
   PyObject *none = finish("Model.loss", failed);
-  if (!none) return NULL;
-  Py_DECREF(none);
-  return Py_BuildValue("dd", out[0], out[1]);
+  if (!none) Py_CLEAR(out);
+  Py_XDECREF(none);
+  return out;
 }
 
 /* One round (model.h, Round): checks against both States here. */

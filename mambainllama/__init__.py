@@ -4,7 +4,7 @@ from .checkpoint import load, save
 from .convert import convert
 from .generate import generate
 from .model import Model, State, random
-from .train import distill, train
+from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "convert", "distill", "generate", "load", "ops", "random", "save", "train"]
+__all__ = ["Model", "State", "convert", "distill", "dpo", "generate", "load", "ops", "random", "save", "sft", "train"]
 __version__ = "0.1.0"

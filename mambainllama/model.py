@@ -206,9 +206,22 @@ class Model:
         count = max(tokens, 1)
         kl_mask, kl_count = (np.ones_like(mask), max(len(ids), 1)) if kind == "paper" else (mask, count)
         wce, wkl = (mask * np.float32(ce / count), kl_mask * np.float32(kl / kl_count)) if backward else (mask, kl_mask)
-        sums = self.c.loss(ids, targets, wce, wkl, teacher.c if teacher else None, prev, temperature, KL_KINDS[kind], backward, recompute)
-        means = {"ce": sums[0] / count, "kl": sums[1] / kl_count}
+        losses = self.c.loss(ids, targets, wce, wkl, teacher.c if teacher else None, prev, temperature, KL_KINDS[kind], backward, recompute)
+        means = {"ce": float(losses[0].sum(dtype=np.float64, where=mask > 0)) / count, "kl": float(losses[1].sum(dtype=np.float64)) / kl_count}
         return {"loss": ce * means["ce"] + kl * means["kl"], **means, "tokens": tokens}
+
+    def log_probs(self, ids, targets, prev=None, weights=None, recompute=False):
+        """Log-probabilities (B,T) float32 of the targets, 0 where there is none; shapes as in loss.
+
+        weights (B,T): adds the gradient of -sum(weights * log_probs) to the gradients, as loss does of its own."""
+        ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
+        if ids.ndim != 2 or targets.shape != ids.shape:
+            raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
+        self._set_rope(ids.shape[1])
+        mask = (targets >= 0).astype(np.float32)
+        given = mask if weights is None else mask * np.asarray(weights, np.float32)
+        losses = self.c.loss(ids, targets, given, np.zeros_like(mask), None, _prev(prev, ids.shape), 1.0, 0, weights is not None, recompute)
+        return np.where(mask > 0, -losses[0], np.float32(0))
 
 
 class State:

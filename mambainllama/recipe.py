@@ -26,6 +26,10 @@ DEFAULTS = {
     "ce": 0.1,                # weight of cross-entropy to the data
     "temperature": 1.0,       # of the KL
     "kl_kind": "forward",     # KL(teacher || student); or "reverse"; or "paper": forward, summed over all positions, mean of rows
+    "preference": "sigmoid",  # dpo's loss; or "ipo"
+    "beta": 0.1,              # dpo: how strongly the reference holds
+    "label_smoothing": 0.0,   # dpo: share of pairs that are taken to be the wrong way round; below 0.5
+    "prompt_length": None,    # dpo: tokens that a prompt keeps, its last ones; null: half of length
     "train": ["*"],           # parameters that learn: patterns as in a shell
     "recompute": False,       # keep only layer inputs and compute activations again in backward
     "seed": 0,                # order of the data, and what starts fresh at a conversion
@@ -185,6 +189,8 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
     "weight_decay": _number(0), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "paper"),
+    "preference": _choice("sigmoid", "ipo"), "beta": _number(0, open_low=True), "label_smoothing": _number(0, 0.5, open_high=True),
+    "prompt_length": _optional(_integer(1)),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path or a list of rows"),
     "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1),

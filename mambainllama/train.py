@@ -1,4 +1,4 @@
-"""Distillation and training: one loop of stages, steps and micro-batches, which ends with the same bits however often it is killed.
+"""Distillation, training and DPO: one loop of stages, steps and micro-batches, which ends with the same bits however often it is killed.
 
 A stage starts by converting the layers that its recipe lists and that are not Mamba yet, with a fresh optimiser (moments zero, bias
 correction from step 1; float32 master weights stay) and a learning rate schedule of its own: rate(). A step adds up the gradients
@@ -26,8 +26,9 @@ from tqdm import tqdm
 from . import checkpoint
 from .config import said
 from .convert import convert_layers
-from .data import Batches, read
+from .data import Batches, read, rows
 from .model import MOMENTS
+from .preference import Preference
 from .recipe import DEFAULTS, load_recipe
 from .weights import replacing, writing
 
@@ -47,7 +48,8 @@ def distill(student, teacher, data, recipe, out=None, progress=None):
     before is intact. Ctrl-C: the micro-batch ends, a checkpoint is written, KeyboardInterrupt is raised; a second one does not wait."""
     if student is teacher:
         raise ValueError("student and teacher are one model; mil.convert(teacher, mamba_layers=[]) makes a student that shares its weights")
-    return run(student, teacher, data, load_recipe(recipe), out, progress=progress)
+    recipe = load_recipe(recipe)
+    return run(student, LanguageModelling(student, teacher, recipe), data, recipe, out, progress)
 
 
 def train(model, data, recipe, out=None, progress=None):
@@ -55,16 +57,52 @@ def train(model, data, recipe, out=None, progress=None):
     recipe = load_recipe(recipe, kl=0.0, ce=1.0)
     if recipe["kl"]:
         raise ValueError(f"recipe: kl is {recipe['kl']:g} and there is no teacher; leave it out, or distill")
-    return run(model, None, data, recipe, out, progress=progress)
+    return run(model, LanguageModelling(model, None, recipe), data, recipe, out, progress)
+
+
+def sft(model, data, recipe, out=None, progress=None):
+    """Supervised fine-tuning: train, on rows of chats or of ids with a mask (data.py), of which the answers alone count."""
+    for where, row in rows(data):
+        if "messages" not in row and "mask" not in row:
+            raise ValueError(f"{where}: a row for fine-tuning has messages, or ids and a mask; mil.train learns from plain text")
+    return train(model, data, recipe, out, progress)
+
+
+def dpo(model, data, recipe, reference="start", out=None, progress=None):
+    """Trains model (in place) to prefer chosen to rejected answers (preference.py: rows, losses); → the report.
+
+    reference: what the model is held to: "start", the model as it came, or another model, such as its teacher (the paper's Eq. 4). Its
+    log-probabilities are computed before the first step and kept in out/reference.npz, so that it is not needed after that.
+    recipe: as for train, without kl and ce; and beta, label_smoothing, preference, prompt_length; batch counts pairs. Metrics: margin,
+    accuracy, chosen and rejected (log-probabilities), kl. Everything else as distill."""
+    recipe = load_recipe(recipe, kl=0.0, ce=1.0)
+    if recipe["kl"] or recipe["ce"] != 1:
+        raise ValueError("recipe: kl and ce are weights of other losses; dpo has beta")
+    if isinstance(reference, str) and reference != "start":
+        raise ValueError(f"reference is {reference!r}, expected 'start' or a model")
+    if reference != "start" and reference.config["vocab_size"] != model.config["vocab_size"]:
+        raise ValueError(f"the reference has {reference.config['vocab_size']} tokens, the model {model.config['vocab_size']}")
+    return run(model, Preference(model, reference, recipe), data, recipe, out, progress)
+
+
+METRICS = ("loss", "ce", "kl", "margin", "accuracy", "chosen", "rejected")
 
 
 class LanguageModelling:
     """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev).
 
-    An objective has these two methods; its metrics are what `counts` names."""
+    An objective has these four methods, and `reference`, the model that it measures by (or None); its metrics are what `counts` names."""
 
     def __init__(self, model, teacher, recipe):
-        self.model, self.teacher, self.recipe = model, teacher, recipe
+        self.model, self.reference, self.recipe = model, teacher, recipe
+
+    def read(self, data, name, **options):
+        """data's rows as batches."""
+        documents = read(data, self.model.tokenizer, self.model.config["vocab_size"], name)
+        return Batches(documents, self.recipe["length"], self.recipe["batch"], self.recipe["seed"], name=name, **options)
+
+    def prepare(self, batches, path):
+        """Before the first step, the model being as it came; path: a file to keep what it takes, or None."""
 
     def counts(self, batch):
         """{metric: over how much it is a mean}: the positions that count, or for kl_kind "paper" the rows."""
@@ -74,31 +112,29 @@ class LanguageModelling:
     def loss(self, batch, share, backward=False):
         """{"loss", metric…}: the metrics' means, and the loss that weighs each by share[metric]; backward: adds its gradient."""
         r = self.recipe
-        return self.model.loss(batch[0], batch[1], teacher=self.teacher if r["kl"] else None, ce=r["ce"] * share["ce"],
+        return self.model.loss(batch[0], batch[1], teacher=self.reference if r["kl"] else None, ce=r["ce"] * share["ce"],
                                kl=r["kl"] * share["kl"], temperature=r["temperature"], kind=r["kl_kind"], prev=batch[2],
                                backward=backward, recompute=backward and r["recompute"])
 
 
-def run(model, teacher, data, recipe, out=None, objective=LanguageModelling, progress=None):
-    """The loop behind distill and train; recipe as load_recipe returns it."""
+def run(model, goal, data, recipe, out=None, progress=None):
+    """The loop behind distill, train and dpo. goal: the objective; recipe as load_recipe returns it."""
     stages, began = recipe["stages"], time.perf_counter()
     _check_layers(model, stages)
-
-    def batches(rows, name, **options):
-        documents = read(rows, model.tokenizer, model.config["vocab_size"], name)
-        return Batches(documents, recipe["length"], recipe["batch"], recipe["seed"], name=name, **options)
-    data = batches(data, "data")
-    held_out = batches(recipe["eval_data"], "eval_data", shuffle=False) if recipe["eval_data"] is not None else None
-    goal = objective(model, teacher, recipe)
+    data = goal.read(data, "data")
+    held_out = goal.read(recipe["eval_data"], "eval_data", shuffle=False) if recipe["eval_data"] is not None else None
     folder = status = None
     if out is not None:
-        folder = Folder(out, {**recipe, "objective": objective.__name__, "data": data.fingerprint,
-                              "eval_data": held_out and held_out.fingerprint, "teacher": teacher and _fingerprint(teacher),
+        folder = Folder(out, {**recipe, "objective": type(goal).__name__, "data": data.fingerprint,
+                              "eval_data": held_out and held_out.fingerprint, "teacher": goal.reference and _fingerprint(goal.reference),
                               "student": _fingerprint(model, recipe)})
+    for batches, name in ((data, "reference.npz"), (held_out, "reference_eval.npz")):
+        if batches:
+            goal.prepare(batches, folder and folder.path / name)
+    if folder:
         status = folder.restore(model, recipe)
     status = status or {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": []}
-    earlier, tokens = status["seconds"], recipe["accumulate"] * recipe["batch"] * recipe["length"]
-    total, end = sum(stage["steps"] for stage in stages), 0
+    earlier, total, end = status["seconds"], sum(stage["steps"] for stage in stages), 0
     with _interruptible() as interrupted, tqdm(total=total, initial=status["step"], unit="step", dynamic_ncols=True,
                                                disable=None if progress is None else not progress) as bar:
         for index, stage in enumerate(stages):
@@ -113,6 +149,7 @@ def run(model, teacher, data, recipe, out=None, objective=LanguageModelling, pro
                     if folder and status["last"]:
                         folder.save(model, status)
                     raise KeyboardInterrupt(f"stopped after step {step} of {total}" + (f"; the same call goes on from {out}" if out else ""))
+                tokens = sums.pop("tokens")
                 status["step"], status["tokens"] = step + 1, status["tokens"] + tokens
                 record = {"step": step + 1, "stage": index, **sums, "lr": lr, "tokens": status["tokens"],
                           "tokens_per_second": tokens / (time.perf_counter() - tick)}
@@ -166,7 +203,7 @@ def _plus(a, b):
 
 
 def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
-    """One optimiser step; → its {"loss", metric…, "grad_norm"}, or None when interrupted: then no parameter has changed."""
+    """One optimiser step; → its {"loss", metric…, "grad_norm", "tokens" (positions computed)}, or None when interrupted: then no parameter has changed."""
     micro = [data.batch(step * recipe["accumulate"] + a) for a in range(recipe["accumulate"])]
     total, sums = {}, {}
     for batch in micro:
@@ -182,7 +219,7 @@ def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
     clip = recipe["clip"]
     model.step(lr, betas=tuple(recipe["betas"]), weight_decay=recipe["weight_decay"], step=adam_step,
                scale=clip / norm if clip and norm > clip else 1.0, moments=recipe["moments"])
-    return {**sums, "grad_norm": norm}
+    return {**sums, "grad_norm": norm, "tokens": sum(batch[0].size for batch in micro)}
 
 
 def _check_layers(model, stages):
@@ -214,7 +251,7 @@ def _start(model, stage, recipe):
 def _report(status, recipe, folder):
     last, held_out = status["last"], recipe["eval_data"]
     evaluated = {key[5:]: value for key, value in last.items() if key.startswith("eval_")}
-    return {"steps": status["step"], **{key: last[key] for key in ("loss", "ce", "kl") if key in last}, "eval": evaluated or None,
+    return {"steps": status["step"], **{key: last[key] for key in METRICS if key in last}, "eval": evaluated or None,
             "stages": status["ends"], "tokens": status["tokens"], "seconds": status["seconds"],
             "tokens_per_second": status["tokens"] / status["seconds"],
             "recipe": recipe if isinstance(held_out, (str, type(None))) else {**recipe, "eval_data": f"{len(held_out)} rows"},

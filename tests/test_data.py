@@ -148,7 +148,7 @@ def test_recipe_files_and_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, says", [
-    ({"steps": 5, "learning_rate": 1}, "unknown key 'learning_rate'"), ({"steps": 5, "betta": [0, 0]}, "did you mean 'betas'"),
+    ({"steps": 5, "learning_rate": 1}, "unknown key 'learning_rate'"), ({"steps": 5, "betass": [0, 0]}, "did you mean 'betas'"),
     ({"step": 5}, "did you mean 'steps'"), ({"steps": 5, "warm_up": 0}, "'warmup'"), ({}, "steps or stages"),
     ({"stages": [{"steps": 1, "mamba_layer": [1]}]}, "stages\\[0\\]: unknown key 'mamba_layer'; did you mean 'mamba_layers'"),
     ({"steps": 5, "stages": []}, "not both"), ({"stages": []}, "at least one"), ({"stages": [5]}, "stages\\[0\\]"),
