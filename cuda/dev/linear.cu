@@ -7,88 +7,19 @@
  * TB/s are those of the weights. An argument: how many rows to time alone, with every tiling that is not hopeless. */
 #include "../act.cu"
 #include "../linear.cu"
+#include "device.cuh"
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-
-#include <algorithm>
-#include <vector>
-
-/* ---- the device layer, as far as the op needs it ------------------------------------------------------------------------- */
-
-cudaStream_t stream() {
-  static cudaStream_t s = [] {
-    cudaStream_t made;
-    cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking);
-    return made;
-  }();
-  return s;
-}
-int multiprocessors() {
-  static int n = [] {
-    int value;
-    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0);
-    return value;
-  }();
-  return n;
-}
-bool synchronous() { return false; }
-void latch(cudaError_t error, const char *what, const char *file, int line) {
-  if (error == cudaSuccess) return;
-  printf("%s (%s:%d): %s\n", what, file, line, cudaGetErrorString(error));
-  exit(1);
-}
-void *device_scratch(size_t bytes) {
-  static void *scratch;
-  static size_t size;
-  if (bytes > size) {
-    CHECK(cudaStreamSynchronize(stream()));
-    CHECK(cudaFree(scratch));
-    CHECK(cudaMalloc(&scratch, size = bytes));
-  }
-  return scratch;
-}
 void device_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, stream())); }
 void gemm(void *, int, size_t, const void *, size_t, int, const void *, size_t, int, int, int, size_t, size_t, size_t) {
   abort(); /* few tokens do without */
 }
 
-/* ---- data ---------------------------------------------------------------------------------------------------------------- */
-
-static __global__ void draw(real *x, size_t n, float scale, unsigned seed) {
-  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-    unsigned long long z = (i + 1) * 0x9e3779b97f4a7c15ull + seed * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull, z = (z ^ z >> 27) * 0x94d049bb133111ebull, z ^= z >> 31;
-    const float u = ((unsigned)z + 1.0f) * 0x1p-32f, v = (unsigned)(z >> 32) * 0x1p-32f;
-    store(x + i, scale * sqrtf(-2 * logf(u)) * cospif(2 * v));
-  }
-}
-static std::vector<void *> arrays;
-template <class T> static T *array(size_t n) {
-  void *p;
-  CHECK(cudaMalloc(&p, n * sizeof(T)));
-  CHECK(cudaMemsetAsync(p, 0xff, n * sizeof(T), stream()));
-  arrays.push_back(p);
-  return (T *)p;
-}
-static real *normal(size_t n, float scale = 1) {
-  static unsigned seed;
-  real *x = array<real>(n);
-  LAUNCH(draw, 4096, 256, 0, x, n, scale, ++seed);
-  return x;
-}
 static float *ones(size_t n) {
   std::vector<float> v(n, 1);
   float *x = array<float>(n);
   CHECK(cudaMemcpyAsync(x, v.data(), n * sizeof *x, cudaMemcpyHostToDevice, stream()));
   CHECK(cudaStreamSynchronize(stream()));
   return x;
-}
-static void free_all() {
-  CHECK(cudaStreamSynchronize(stream()));
-  for (void *p : arrays) CHECK(cudaFree(p));
-  arrays.clear();
 }
 /* How many rows of a and b differ */
 static size_t different(const void *a, const void *b, size_t rows, size_t row_bytes) {
@@ -99,36 +30,6 @@ static size_t different(const void *a, const void *b, size_t rows, size_t row_by
   size_t n = 0;
   for (size_t m = 0; m < rows; m++) n += memcmp(&x[m * row_bytes], &y[m * row_bytes], row_bytes) != 0;
   return n;
-}
-
-/* ---- timing: the median of rounds, each of `calls` replayed as one graph, in microseconds a call ------------------------- */
-
-template <class F> static double timed(int calls, F f, int rounds = 11) {
-  for (int i = 0; i < 2; i++) f(i % calls);
-  CHECK(cudaStreamSynchronize(stream()));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < calls; i++) f(i);
-  CHECK(cudaStreamEndCapture(stream(), &graph));
-  CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  std::vector<float> ms(rounds);
-  for (int r = -2; r < rounds; r++) {
-    CHECK(cudaEventRecord(begin, stream()));
-    CHECK(cudaGraphLaunch(exec, stream()));
-    CHECK(cudaEventRecord(end, stream()));
-    CHECK(cudaEventSynchronize(end));
-    float t;
-    CHECK(cudaEventElapsedTime(&t, begin, end));
-    if (r >= 0) ms[r] = t;
-  }
-  CHECK(cudaGraphExecDestroy(exec));
-  CHECK(cudaGraphDestroy(graph));
-  std::sort(ms.begin(), ms.end());
-  return ms[rounds / 2] * 1e3 / calls;
 }
 
 /* ---- layers -------------------------------------------------------------------------------------------------------------- */
@@ -163,7 +64,7 @@ struct Layer {
     for (int s = 0; s < sets; s++) {
       std::vector<Product> set;
       for (size_t i = 0; i < O.size(); i++)
-        set.push_back({y[kind == GATED ? 0 : i], {normal(O[i] * K, 1 / sqrtf((float)K)), BFLOAT16}, nullptr, O[i]});
+        set.push_back({y[kind == GATED ? 0 : i], {normal(O[i] * K), BFLOAT16}, nullptr, O[i]});
       p.push_back(set);
     }
   }
@@ -250,7 +151,7 @@ static void time_decoder_layer(const std::vector<size_t> &rows) {
     Matrix q, k, v, o, gate, up, down;
   };
   std::vector<Weights> layers(2);
-  auto matrix = [](size_t O, size_t K) { return Matrix{normal(O * K, 1 / sqrtf((float)K)), BFLOAT16}; };
+  auto matrix = [](size_t O, size_t K) { return Matrix{normal(O * K), BFLOAT16}; };
   for (Weights &w : layers)
     w = {matrix(C, C), matrix(E, C), matrix(E, C), matrix(C, C), matrix(F, C), matrix(F, C), matrix(C, F)};
   real *h = normal(MOST_ROWS * C), *q = array<real>(MOST_ROWS * C);
