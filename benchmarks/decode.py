@@ -1,4 +1,4 @@
-"""Prefill and decode of Llama-3-shaped random models in bf16: `python benchmarks/decode.py [--device cuda] [--attention 1 0.5 0]`.
+"""Prefill and decode of Llama-3-shaped random models in bf16: `python benchmarks/decode.py [--device cuda] [--draft]`.
 
 On the CPU a 1B shape.
 The limits are measured in the same run: sgemm (SciPy's OpenBLAS) on the model's own matrix shapes at 512 rows, for
@@ -8,6 +8,14 @@ On a GPU the grid of --shape, --attention, --context and --batch, all of it by d
 generate makes them (greedy choice included), behind a context that one row has read and the others copy, and memory a sequence; and
 prefill of 2048 tokens. What does not fit the card's memory is left out and says so. The floor of a round is one read of weights, K/V and
 states at 4.25 TB/s, that of a prefill the products of the weights at 704 TFLOP/s.
+
+With --draft, on either device, speculative decoding of one row behind 512 tokens: milliseconds of a plain round, and of one in which a small
+draft proposes K tokens and the model verifies them. Only these times are measured. Random weights say nothing about how often a trained
+model agrees with its draft: that is taken from arXiv 2408.15237, which reports tokens a round, the verifier's own included, at K = 4: a
+draft of 2 layers 2.48 (1/2 attention) and 2.64 (1/4), of 4 layers 3 (both) for Zephyr, and 3.6 (1/2) for Llama-3, whose 2.7 at K = 3 is the
+acceptance of 3 at K = 4 (table 5); for pure Mamba 7B a draft of 1B, here of Llama-3.2-1B's shape, 3.56 and 3.6 (table 1). The least and the
+most of each are turned into the acceptance a of one proposal by tokens = 1 + a + ... + a^K, and this is used at every K and every share of
+attention. Speed-up is tokens a round x plain ms / round ms; beside it is the acceptance that 2.2 would need.
 """
 import argparse
 import json
@@ -63,14 +71,16 @@ BANDWIDTH, FLOPS = 4.25e12, 704e12
 STEPS = 28  # rounds of one measurement
 
 
-def decode_ms(model, state, batch):
+def decode_ms(model, state, batch, draft=(None, None), K=0):
+    """Milliseconds of a round, plain or with K proposals of draft: (model, State) in C. It reads one token before it proposes; the two
+    that it reads where all was accepted take as long."""
     slots, zero = np.arange(batch, dtype=np.int32), np.zeros(batch, np.int32)
     none = np.zeros(batch, np.float32)
     choices = (none, zero, none + 1, none)
-    rounds = (slots, zero + 1, zero, zero, zero, zero[:, None].copy(), zero)
+    rounds = (slots, zero + 1, zero, zero, zero + K, zero[:, None].copy(), zero + 1)
 
     def step():
-        model.c.round(state.c, None, None, rounds, choices, 0, False)
+        model.c.round(state.c, *draft, rounds, choices, 0, False)
 
     for _ in range(4):  # the first are issued plainly, then recorded
         step()
@@ -116,14 +126,19 @@ def decode_rows(model, name, weights, contexts, batches):
                    "floor_ms": 1e3 * (2 * weights + batch * held) / BANDWIDTH, "bytes_per_sequence": int(held)}
 
 
+def students(shape, args):
+    """Of each share of attention a name and a model; they share what conversion does not change."""
+    teacher = mil.random(CONFIG | SHAPES[shape], dtype="bfloat16", device=args.device)
+    for share in args.attention:
+        name = f"{shape} " + ("Transformer" if share == 1 else f"{share:g} attention, {args.mixer}")
+        yield name, teacher if share == 1 else mil.convert(teacher, attention=share, mixer=args.mixer)
+
+
 def gpu(args):
     rows, start = [], time.perf_counter()
     print(f"{'model':34s} {'batch':>5s} {'context':>12s} {'ms':>9s} {'floor':>7s} {'tokens/s':>9s} {'MiB a sequence':>15s}")
     for shape in args.shape:
-        teacher = mil.random(CONFIG | SHAPES[shape], dtype="bfloat16", device="cuda")
-        for share in args.attention:
-            model = teacher if share == 1 else mil.convert(teacher, attention=share, mixer=args.mixer)
-            name = f"{shape} " + ("Transformer" if share == 1 else f"{share:g} attention, {args.mixer}")
+        for name, model in students(shape, args):
             tied = "lm_head.weight" not in model.names
             weights = sum(int(np.prod(size)) for key, size in model.names.items() if len(size) == 2 and (tied or "embed" not in key))
             body = weights - int(np.prod(model.names["model.embed_tokens.weight"]))  # a prefill has logits of one token
@@ -137,21 +152,83 @@ def gpu(args):
                 held = f"{row['bytes_per_sequence'] / 2**20:15.1f}" if row["bytes_per_sequence"] else ""
                 print(f"{where} {row['ms']:9.3f} {row['floor_ms']:7.2f} {row['tokens_per_second']:9.0f} {held}", flush=True)
             del model
-        del teacher
     print(json.dumps({"module": "mambainllama._cuda", "mixer": args.mixer, "seconds": time.perf_counter() - start, "rows": rows}))
+
+
+DRAFTS = {"2 layers": (2, (2.48, 2.64)), "4 layers": (4, (3, 3.6)), "1B": (None, (3.56, 3.6))}  # layers; tokens a round at K = 4
+LOOKAHEADS, WANTED = (3, 4, 5), 2.2
+
+
+def tokens(a, K):
+    """What a round of K proposals gains, on average, if each is accepted with probability a where those before it are."""
+    return sum(a ** i for i in range(K + 1))
+
+
+def acceptance(gain, K):
+    """The a of tokens(a, K) = gain; None: even K + 1 tokens are fewer."""
+    grid = np.linspace(0, 1, 10001)
+    return float(np.interp(gain, tokens(grid, K), grid)) if gain <= K + 1 else None
+
+
+def draft_states(shape, device):
+    """{name: (draft, State)}; here and below row 1 of a State keeps the context, from which row 0 begins each measurement."""
+    drafts = {}
+    for name, (layers, _) in DRAFTS.items():
+        if name != shape:
+            config = CONFIG | (SHAPES[shape] | {"num_hidden_layers": layers} if layers else SHAPES[name])
+            draft = mil.random(config, seed=1, dtype="bfloat16", device=device)
+            drafts[name] = draft, full_state(draft, 2, 512, LOOKAHEADS[-1] + 1)[0]
+    return drafts
+
+
+def speculative_rows(model, name, drafts):
+    state = full_state(model, 2, 512, LOOKAHEADS[-1] + 1)[0]
+    plain = decode_ms(model, state, 1)
+    for kind, (draft, draft_state) in drafts.items():
+        paper = [acceptance(gain, 4) for gain in DRAFTS[kind][1]]
+        for K in LOOKAHEADS:
+            state.copy(0, 1)
+            draft_state.copy(0, 1)
+            ms = decode_ms(model, state, 1, (draft.c, draft_state.c), K)
+            yield {"model": name, "draft": kind, "K": K, "plain_ms": plain, "round_ms": ms, "paper_acceptance": paper,
+                   "speedup": [tokens(a, K) * plain / ms for a in paper], "needed": acceptance(WANTED * ms / plain, K)}
+
+
+def speculative(args):
+    rows, start = [], time.perf_counter()
+    print("The times are measured, with random weights; the acceptances are those of arXiv 2408.15237, not of these drafts.\n")
+    print(f"{'model':34s} {'draft':>8s} {'K':>2s} {'plain ms':>9s} {'round ms':>9s} {'acceptance':>12s} {'speed-up':>11s} "
+          f"{f'{WANTED} needs':>9s}")
+    for shape in args.shape:
+        drafts = draft_states(shape, args.device)
+        for name, model in students(shape, args):
+            for row in speculative_rows(model, name, drafts):
+                rows.append(row)
+                accepts = "-".join(f"{a:.1%}" for a in row["paper_acceptance"])
+                gains = "-".join(f"{gain:.2f}" for gain in row["speedup"])
+                needs = "> 100%" if row["needed"] is None else f"{row['needed']:.1%}"
+                print(f"{name:34s} {row['draft']:>8s} {row['K']:2d} {row['plain_ms']:9.3f} {row['round_ms']:9.3f} {accepts:>12s} {gains:>11s} "
+                      f"{needs:>9s}", flush=True)
+            del model
+    print(json.dumps({"module": backend.module(args.device).__name__, "mixer": args.mixer, "seconds": time.perf_counter() - start, "rows": rows}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--attention", type=float, nargs="*", help="shares of layers that keep attention (default 1 0.5 0, on a GPU 1 0.5 0.25 0)")
+    parser.add_argument("--attention", type=float, nargs="*",
+                        help="shares of layers that keep attention (default 1 0.5 0, on a GPU and with --draft 1 0.5 0.25 0)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="on a GPU")
+    parser.add_argument("--shape", nargs="*", choices=list(SHAPES), help="on a GPU, and with --draft (default all, on the CPU 1B)")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 64], help="on a GPU")
     parser.add_argument("--context", type=int, nargs="*", default=[512, 8192, 32768], help="on a GPU")
-    parser.add_argument("--mixer", default="mamba2", choices=["mamba1", "mamba2"], help="on a GPU")
+    parser.add_argument("--mixer", default="mamba2", choices=["mamba1", "mamba2"], help="on a GPU, and with --draft")
+    parser.add_argument("--draft", action="store_true", help="times of speculative rounds instead, batch 1, context 512")
     args = parser.parse_args()
-    args.attention = args.attention or ([1, 0.5, 0.25, 0] if args.device == "cuda" else [1, 0.5, 0])
+    args.shape = args.shape or (list(SHAPES) if args.device == "cuda" else ["1B"])
+    args.attention = args.attention or ([1, 0.5, 0.25, 0] if args.device == "cuda" or args.draft else [1, 0.5, 0])
+    if args.draft:
+        return speculative(args)
     if args.device == "cuda":
         return gpu(args)
     threads = backend.workers()
