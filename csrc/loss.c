@@ -4,6 +4,7 @@
 #include "device.h"
 #include "ops.h"
 
+#define LN2 0.693147181f
 enum { BLOCK = 256, MAX_ROWS = 256, MAX_LOGITS = 1 << 23 }; /* floats summed before double; rows, logits of a chunk */
 
 /* A chunk: z (n,V) the student's logits, then d loss / dz if `gradient`; u (n,V) the teacher's, or NULL; row (n) which m. */
@@ -59,19 +60,43 @@ static double divergence(const float *x, float max, const float *z, const float 
   return sum;
 }
 
-/* Returns tau^2 sum t d (forward) or tau^2 sum s (-d) (reverse) of one row, beta = 1/tau. If gradient, u = weight times its
- * derivative by z: forward tau (s - t), reverse tau s (-d - sum s (-d)). */
+/* sum_i exp((x_i - max) beta) (log 2 - log(1 + e^(sign d_i))): with sign 1 log of s over the mean of s and t, with -1 of t */
+static double to_mean(const float *x, float max, float sign, const float *z, const float *u, Softmax s, Softmax t, float beta,
+                      float shift, size_t n) {
+  double sum = 0;
+  for (size_t i = 0; i < n; i += BLOCK) {
+    float part = 0;
+    size_t end = min(i + BLOCK, n);
+#pragma omp simd reduction(+ : part)
+    for (size_t j = i; j < end; j++) part += exp_((x[j] - max) * beta) * (LN2 - softplus(sign * D(u[j], z[j])));
+    sum += part;
+  }
+  return sum;
+}
+
+/* Returns tau^2 sum t d (forward), tau^2 sum s (-d) (reverse) or tau^2 times half of sum s l + sum t l' (Jensen-Shannon; l, l' as in
+ * to_mean) of one row, beta = 1/tau. If gradient, u = weight times its derivative by z: forward tau (s - t), reverse
+ * tau s (-d - sum s (-d)), Jensen-Shannon tau s (l - sum s l) / 2. */
 static double row_kl(float *restrict u, const float *restrict z, const Chunk *c, float weight) {
   const size_t V = c->V;
   const float beta = 1 / c->tau;
   const Softmax s = softmax(z, beta, V), t = softmax(u, beta, V);
   const double exact = log(t.sum) - log(s.sum);
   const float shift = (float)exact;
-  double kl = c->kind ? -divergence(z, s.max, z, u, s, t, beta, shift, V) / s.sum - (shift - exact)
-                      : divergence(u, t.max, z, u, s, t, beta, shift, V) / t.sum + (shift - exact);
+  double own = 0, kl;
+  if (c->kind == JENSEN_SHANNON) {
+    own = to_mean(z, s.max, 1, z, u, s, t, beta, shift, V) / s.sum;
+    kl = (own + to_mean(u, t.max, -1, z, u, s, t, beta, shift, V) / t.sum) / 2;
+  } else if (c->kind == REVERSE) {
+    own = kl = -divergence(z, s.max, z, u, s, t, beta, shift, V) / s.sum - (shift - exact);
+  } else {
+    kl = divergence(u, t.max, z, u, s, t, beta, shift, V) / t.sum + (shift - exact);
+  }
   if (c->gradient) {
-    const float a = (float)(weight * c->tau / s.sum), b = (float)(weight * c->tau / t.sum), mean = (float)kl;
-    if (c->kind)
+    const float a = (float)(weight * c->tau / s.sum), b = (float)(weight * c->tau / t.sum), mean = (float)own;
+    if (c->kind == JENSEN_SHANNON)
+      for (size_t i = 0; i < V; i++) u[i] = a * exp_((z[i] - s.max) * beta) * (LN2 - softplus(D(u[i], z[i])) - mean) / 2;
+    else if (c->kind == REVERSE)
       for (size_t i = 0; i < V; i++) u[i] = a * exp_((z[i] - s.max) * beta) * (-D(u[i], z[i]) - mean);
     else
       for (size_t i = 0; i < V; i++) u[i] = a * exp_((z[i] - s.max) * beta) - b * exp_((u[i] - t.max) * beta);

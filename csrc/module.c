@@ -331,8 +331,8 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
                  (size_t)a[i + 1].integer, (size_t)a[i].integer, n['m'], n['n']);
     return -1;
   }
-  if (kind >= 0 && a[kind].integer > 1) {
-    PyErr_Format(PyExc_ValueError, "%s: argument 'kind' must be 0 (forward) or 1 (reverse)", op->name);
+  if (kind >= 0 && a[kind].integer > JENSEN_SHANNON) {
+    PyErr_Format(PyExc_ValueError, "%s: argument 'kind' must be 0 (forward), 1 (reverse) or 2 (Jensen-Shannon)", op->name);
     return -1;
   }
   int silu = find_param(op, "silu");

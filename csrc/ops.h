@@ -179,10 +179,12 @@ void ssd_backward(real *dx, real *ddt, float *dA_log, real *dB, real *dC, float 
 
 /* ---- loss.c -------------------------------------------------------------------------------------------------------- */
 
+enum { FORWARD, REVERSE, JENSEN_SHANNON }; /* kind */
 /* Per row m, with z = h[m] w^T (student) and u = th[m] tw^T (teacher, NULL: no KL), both never held for more than a chunk of
  * rows:  ce[m] = -log softmax(z)[target[m]]   (0 where target < 0)
  *        kl[m] = tau^2 KL(softmax(u/tau) || softmax(z/tau))      kind 0, forward
  *                tau^2 KL(softmax(z/tau) || softmax(u/tau))      kind 1, reverse
+ *                half of either KL to the mean of both             kind 2, Jensen-Shannon, times tau^2
  * What is not asked for (weights both 0) is skipped and reads 0. wce NULL: 1 where target >= 0, else 0; wkl NULL: the same if
  * there is a teacher. A weighted sequence log-probability (DPO) is -sum ce with wce as its weights.
  * ce, kl, wce, wkl (M)  h (M,C)  w (V,C)  target (M)  th (M,K)  tw (V,K) */

@@ -94,7 +94,7 @@ ROW(ssd_backward,
                       f(7), rows, n['b'], n['t'], n['h'], n['g'], n['p'], n['n']))
 ROW(lm_loss_forward, LOSS_ARGS "-> ce%:m kl%:m", "v>0", 0,
     "Cross-entropy of target and KL to the teacher's softmax(th tw^T / temperature), both fused with lm_head.\n"
-    "kind 0: KL(teacher || student), 1: reverse; includes temperature^2. Rows of weight 0 (default: target < 0) are skipped.",
+    "kind 0: KL(teacher || student), 1: reverse, 2: Jensen-Shannon; includes temperature^2. Rows of weight 0 (default: target < 0) are skipped.",
     lm_loss_forward(f(9), f(10), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0), n['m'], n['c'],
                          n['v'], n['k']))
 ROW(lm_loss_backward, LOSS_ARGS "dw%!?:vc -> ce%:m kl%:m dh:mc", "v>0", 0,

@@ -82,32 +82,44 @@ struct Row {
   size_t V;
 };
 
-/* Once through a row. KL: the sum that is KL but for the division by the sum of exponentials; GRADIENT: dz, which needs `kl`
- * where that is reverse. */
-template <bool KL, bool GRADIENT> __device__ double through(const Row &r, float kl) {
+/* log 2 - log(1 + e^d): log s over the mean of s and t where d = log t - log s */
+__device__ float to_mean(float d) { return 0.693147181f - softplus(d); }
+
+/* Once through a row. KL: the sum that is KL but for the division by the sum of exponentials (Jensen-Shannon: divided), and there
+ * too own, the student's part of it; GRADIENT: dz, which needs `mean`, KL or own, unless the kind is forward. */
+template <bool JS, bool KL, bool GRADIENT> __device__ double through(const Row &r, float mean, double *own) {
   const float a = r.target < 0 ? 0 : r.wce / r.p.sum, w = r.u ? r.wkl * r.tau : 0, b = w / r.s.sum, c = r.u ? w / r.t.sum : 0;
-  double sum = 0;
+  const float to_s = r.u ? 1 / r.s.sum : 0, to_t = r.u ? 1 / r.t.sum : 0;
+  double sum = 0, mine = 0;
   each_4(r.z, r.u, r.V, [&](const float(&z)[4], const float(&u)[4], auto N, size_t at) {
-    float g[4], part = 0;
+    float g[4], part = 0, ours = 0;
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const float es = r.u ? exp_of((z[k] - r.s.max) * r.beta) : 0;
-      const float et = r.u && !r.kind ? exp_of((u[k] - r.t.max) * r.beta) : 0;
+      const float et = r.u && (JS || !r.kind) ? exp_of((u[k] - r.t.max) * r.beta) : 0;
       const float d = ((u[k] - r.t.max) - (z[k] - r.s.max)) * r.beta - r.shift; /* log t - log s */
-      if (KL) part += r.kind ? -es * d : et * d;
+      if (KL && JS)
+        ours += es * to_s * to_mean(d), part += 0.5f * (es * to_s * to_mean(d) + et * to_t * to_mean(-d));
+      else if (KL)
+        part += r.kind ? -es * d : et * d;
       if (!GRADIENT) continue;
       g[k] = a * (r.u && r.tau == 1 ? es : exp_of(z[k] - r.p.max));
-      if (r.u) g[k] += r.kind ? b * es * (-d - kl) : b * es - c * et;
+      if (r.u && JS)
+        g[k] += 0.5f * b * es * (to_mean(d) - mean);
+      else if (r.u)
+        g[k] += r.kind ? b * es * (-d - mean) : b * es - c * et;
       if ((int64_t)(at + k) == r.target) g[k] -= r.wce;
       if (N == 1) store(r.dz + at, g[k]);
     }
     if constexpr (GRADIENT && N == 4) store_4(r.dz + at, g);
-    sum += part;
+    sum += part, mine += ours;
   });
+  if (KL && JS) *own = block_sum(mine);
   return KL ? block_sum(sum) : 0;
 }
 
-__global__ void __launch_bounds__(THREADS) loss_rows(Chunk c) {
+/* JS: the kind is Jensen-Shannon, which takes more registers. */
+template <bool JS> __global__ void __launch_bounds__(THREADS) loss_rows(Chunk c) {
   const size_t i = blockIdx.x, V = c.V;
   Row r = {c.z + i * V, c.u ? c.u + i * V : nullptr, c.dz ? c.dz + i * V : nullptr};
   r.target = c.target[i], r.tau = c.tau, r.beta = 1 / c.tau, r.kind = c.kind, r.V = V;
@@ -125,7 +137,7 @@ __global__ void __launch_bounds__(THREADS) loss_rows(Chunk c) {
     if (r.u) t.add(u, N, r.beta);
   });
   r.p = p.of_block(1), r.s = warm ? s.of_block(r.beta) : r.p;
-  double exact = 0, sum = 0;
+  double exact = 0, sum = 0, own = 0;
   if (r.u) {
     r.t = t.of_block(r.beta);
     exact = log((double)r.t.sum) - log((double)r.s.sum);
@@ -134,10 +146,13 @@ __global__ void __launch_bounds__(THREADS) loss_rows(Chunk c) {
   if (threadIdx.x == 0) c.ce[i] = r.target < 0 ? 0 : (float)(log((double)r.p.sum) + ((double)r.p.max - r.z[r.target]));
   __syncthreads(); /* dz may be z */
   const bool apart = r.u && (r.kind || !r.dz);
-  if (apart) sum = through<true, false>(r, 0);
-  auto kl = [&] { return (float)(sum / (r.kind ? r.s.sum : r.t.sum) + (r.kind ? -1 : 1) * (r.shift - exact)); };
-  if (r.dz && r.u && !apart) sum = through<true, true>(r, 0);
-  if (r.dz && (!r.u || apart)) through<false, true>(r, kl());
+  if (apart) sum = through<JS, true, false>(r, 0, &own);
+  auto kl = [&] {
+    if (JS) return (float)sum;
+    return (float)(sum / (r.kind ? r.s.sum : r.t.sum) + (r.kind ? -1 : 1) * (r.shift - exact));
+  };
+  if (r.dz && r.u && !apart) sum = through<JS, true, true>(r, 0, &own);
+  if (r.dz && (!r.u || apart)) through<JS, false, true>(r, JS ? (float)own : kl(), nullptr);
   if (threadIdx.x == 0) c.kl[i] = r.u ? fmaxf(kl(), 0) * r.tau * r.tau : 0;
 }
 
@@ -160,7 +175,7 @@ void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w,
     logits(z, h + m * C, w, n, C, V);
     if (u) logits(u, th + m * K, tw, n, K, V);
     const Chunk chunk = {ce + m, kl + m, z, u, dz, target + m, wce ? wce + m : nullptr, wkl ? wkl + m : nullptr, tau, kind, V};
-    LAUNCH(loss_rows, (unsigned)n, THREADS, 0, chunk);
+    LAUNCH((kind == JENSEN_SHANNON ? loss_rows<true> : loss_rows<false>), (unsigned)n, THREADS, 0, chunk);
     if (dh) linear_backward(dh + m * C, dw, nullptr, dz, h + m * C, w, 0, n, C, V);
   }
   if (apart) device_free(dz);

@@ -7,7 +7,7 @@ from . import backend
 from .config import architecture, initializer_range, is_dynamic, mamba_config, rope, stop_ids
 
 MOMENTS = {"float32": np.float32, "bfloat16": np.uint16}  # and the dtype of their arrays
-KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0}
+KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0, "jensen-shannon": 2}
 
 
 def _int32(values, name):
@@ -182,7 +182,8 @@ class Model:
         """ce · cross-entropy + kl · KL to `teacher`, means over the positions with a target; backward=True adds to the gradients.
 
         ids, targets (B,T): targets[b,t] is what position t must predict, -100 = no loss.  KL is temperature² · KL(teacher ||
-        student) of the softmaxes at `temperature` (kind "forward"), the other way round ("reverse"), or the original code's
+        student) of the softmaxes at `temperature` (kind "forward"), the other way round ("reverse"), half of either's KL to the mean of
+        both ("jensen-shannon"), or the original code's
         sum over all positions, targets or not, divided by B ("paper").  recompute: keep only layer inputs for backward.
         Returns {"loss", "ce", "kl", "tokens"}; ce and kl unweighted.
         """
@@ -191,7 +192,7 @@ class Model:
             raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
         prev = _prev(prev, ids.shape)
         if kind not in KL_KINDS:
-            raise ValueError(f"kind is {kind!r}, expected 'forward', 'reverse' or 'paper'")
+            raise ValueError(f"kind is {kind!r}, expected {' or '.join(map(repr, KL_KINDS))}")
         if not temperature > 0 or not np.isfinite([ce, kl, temperature]).all():
             raise ValueError(f"ce, kl and temperature must be finite and temperature positive, got {ce}, {kl}, {temperature}")
         if kl and teacher is None:

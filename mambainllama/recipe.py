@@ -25,7 +25,7 @@ DEFAULTS = {
     "kl": 1.0,                # weight of KL to the teacher
     "ce": 0.1,                # weight of cross-entropy to the data
     "temperature": 1.0,       # of the KL
-    "kl_kind": "forward",     # KL(teacher || student); or "reverse"; or "paper": forward, summed over all positions, mean of rows
+    "kl_kind": "forward",     # KL(teacher || student); or "reverse", "jensen-shannon"; or "paper": forward, summed over all positions, mean of rows
     "preference": "sigmoid",  # dpo's loss; or "ipo"
     "beta": 0.1,              # dpo: how strongly the reference holds
     "label_smoothing": 0.0,   # dpo: share of pairs that are taken to be the wrong way round; below 0.5
@@ -188,7 +188,7 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": _number(0, 1),
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
     "weight_decay": _number(0), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
-    "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "paper"),
+    "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "jensen-shannon", "paper"),
     "preference": _choice("sigmoid", "ipo"), "beta": _number(0, open_low=True), "label_smoothing": _number(0, 0.5, open_high=True),
     "prompt_length": _optional(_integer(1)),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),

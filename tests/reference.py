@@ -248,7 +248,7 @@ def loss_weights(target, th, wce, wkl):
 
 
 def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0, kind=0):
-    """ce = -log softmax(z)[target], 0 where target < 0;  kl = tau^2 KL of softmax(./tau): (u || z) for kind 0, (z || u) for 1;
+    """ce = -log softmax(z)[target], 0 where target < 0;  kl = tau^2 KL of softmax(./tau): (u || z) for kind 0, (z || u) for 1, Jensen-Shannon for 2;
     z = h w^T, u = th tw^T. A row whose weights are both 0 reads 0.   h (M,C)  w (V,C)  th (M,K)  tw (V,K)  ->  ce, kl (M)"""
     z = f64(h) @ f64(w).T
     ce = np.where(target >= 0, -np.take_along_axis(log_softmax(z), np.maximum(target, 0)[:, None], 1)[:, 0], 0)
@@ -257,7 +257,11 @@ def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0,
         a, b = log_softmax(f64(th) @ f64(tw).T / temperature), log_softmax(z / temperature)
         if kind == 1:
             a, b = b, a
-        kl = temperature**2 * (np.exp(a) * (a - b)).sum(-1)
+        if kind == 2:
+            mean = np.logaddexp(a, b) - np.log(2)
+            kl = temperature**2 * (np.exp(a) * (a - mean) + np.exp(b) * (b - mean)).sum(-1) / 2
+        else:
+            kl = temperature**2 * (np.exp(a) * (a - b)).sum(-1)
     wce, wkl = loss_weights(target, th, wce, wkl)
     skipped = (wce == 0) & (wkl == 0)
     return np.where(skipped, 0, ce), np.where(skipped, 0, kl)

@@ -241,7 +241,7 @@ def test_refuses_sizes_that_break_a_rule(backend, op, change, word):
     ("ssd_forward", dict(ring_dt=None), ("ring_x", "ring_dt")),
     ("selective_scan_forward", dict(ring_B=None), ("ring_x", "ring_B")),
     ("ssd_forward", dict(state=None), ("ring", "state")), ("selective_scan_forward", dict(ring_x=None), ("ring_x",)),
-    ("lm_loss_backward", dict(kind=2), ("kind",)), ("lm_loss_forward", dict(temperature=0.0), ("temperature",)),
+    ("lm_loss_backward", dict(kind=3), ("kind",)), ("lm_loss_forward", dict(temperature=0.0), ("temperature",)),
     ("adamw", dict(step=0), ("step",)),
     ("adamw", dict(m=np.zeros(3, np.uint16)), ("m", "v", "dtype")), ("transfer", dict(to=2), ("rows",)), ("transfer", {"from": 3}, ("rows",)),
     ("transfer", dict(count=10**15), ("rows",)), ("conv1d_forward", dict(block=3), ("block",)),

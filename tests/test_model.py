@@ -71,7 +71,7 @@ def reference(model):
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-@pytest.mark.parametrize("kind,ce,kl", [("forward", 1.0, 0.0), ("forward", 0.3, 1.0), ("reverse", 0.0, 1.0), ("paper", 0.1, 0.5)])
+@pytest.mark.parametrize("kind,ce,kl", [("forward", 1.0, 0.0), ("forward", 0.3, 1.0), ("reverse", 0.0, 1.0), ("jensen-shannon", 0.2, 1.0), ("paper", 0.1, 0.5)])
 def test_loss_and_gradients_equal_torch(name, kind, ce, kl):
     model, ids, targets = build(name), tokens(2, 37), tokens(2, 37, 1)
     targets[:, ::3] = -100

@@ -219,6 +219,8 @@ CASES = [
     ("lm_loss", "teacher of another width", dict(M=33, C=12, V=101, K=20)),
     ("lm_loss", "temperature", dict(M=40, C=16, V=50, K=8, temperature=2.5)),
     ("lm_loss", "reverse KL", dict(M=40, C=8, V=50, K=8, temperature=0.7, kind=1)),
+    ("lm_loss", "Jensen-Shannon", dict(M=40, C=8, V=50, K=8, temperature=0.7, kind=2)),
+    ("lm_loss", "Jensen-Shannon, weights", dict(M=33, C=16, V=77, K=8, kind=2, weights=True)),
     ("lm_loss", "weights, some of them 0", dict(M=64, C=8, V=30, K=6, weights=True)),
     ("lm_loss", "weights without a teacher (DPO)", dict(M=64, C=8, V=30, weights=True)),
     ("lm_loss", "bf16 matrices", dict(M=30, C=16, V=70, K=24, bf16=True)),

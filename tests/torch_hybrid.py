@@ -1,4 +1,6 @@
 """A hybrid in torch float64, one token after the other, from formats.md's maths: what gradients are compared with."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -104,5 +106,8 @@ def loss(z, targets, u=None, ce=1.0, kl=0.0, temperature=1.0, kind="forward"):
         if kind == "reverse":
             s, t = t, s
         each = (t.exp() * (t - s)).sum(-1) * temperature**2
+        if kind == "jensen-shannon":
+            mean = torch.logaddexp(s, t) - math.log(2)
+            each = (s.exp() * (s - mean) + t.exp() * (t - mean)).sum(-1) * temperature**2 / 2
         total = total + kl * (each.sum() / len(z) if kind == "paper" else each[mask].mean())
     return total
