@@ -1,11 +1,12 @@
 """mambainllama: pretrained Transformers into fast hybrid Mamba models (The Mamba in the Llama, arXiv 2408.15237)."""
 from . import ops
 from .ablate import ablate
+from .answers import answer
 from .checkpoint import load, save
 from .convert import convert
 from .generate import generate
 from .model import Model, State, random
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "convert", "distill", "dpo", "generate", "load", "ops", "random", "save", "sft", "train"]
+__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "random", "save", "sft", "train"]
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .config import said
 
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")  # options of what is generated
 
 def main(argv=None):
     """Runs one command; -> the exit code."""
@@ -119,10 +120,15 @@ def _parser():
   mambainllama generate hybrid "The capital of France is"
   mambainllama generate hybrid --chat "Why is the sky blue?" --max-new-tokens 256 --draft small-hybrid
   mambainllama generate hybrid --file prompts.txt --json --temperature 0.8 --seed 1 > answers.jsonl
-  mambainllama generate tiny --ids "1 5 3" "2 2" """)
+  mambainllama generate tiny --ids "1 5 3" "2 2"
+  mambainllama generate teacher --prompts chats.jsonl --out answers.jsonl --max-new-tokens 512
+  mambainllama generate teacher --prompts chats.jsonl --out answers.0.jsonl --shard 0/4""")
     p.add_argument("model", help="folder")
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="one or more; none: all of stdin is the prompt")
     p.add_argument("--file", help="one prompt a line instead")
+    p.add_argument("--prompts", dest="rows", metavar="JSONL", help="rows of messages, prompt, text or ids, answered into --out")
+    p.add_argument("--out", metavar="JSONL", help="with --prompts: the answers, a line each that distill and train read")
+    p.add_argument("--shard", type=_shard, metavar="I/N", help="with --prompts: only rows whose index modulo N is I")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--chat", action="store_true", help="each prompt is a user's message, put through the chat template")
     form.add_argument("--ids", action="store_true", help="each prompt is token ids: \"1 5 3\"")
@@ -173,6 +179,13 @@ def _numbers(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers such as 0,2,4") from None
 
 
+def _shard(text):
+    part, slash, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard such as 0/4, the first of four")
+    return int(part), int(parts)
+
+
 def _folder(text):
     if not text:
         raise argparse.ArgumentTypeError("'' is no folder to write to")
@@ -185,8 +198,7 @@ def _load(folder, args):
 
 
 def _options(args):
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "lookahead")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in (*SETTINGS, "lookahead")}
     return options | {"draft": _load(args.draft, args) if args.draft else None}
 
 
@@ -265,6 +277,8 @@ def _report(report, model):
 
 def _generate(args):
     import mambainllama as mil
+    if args.rows or args.out or args.shard:
+        return _answer(args)
     if args.file and args.prompts:
         raise ValueError("give prompts as arguments or in --file, not both")
     prompts = args.prompts or (_lines(args.file) if args.file else [sys.stdin.read().rstrip("\n")])
@@ -284,6 +298,20 @@ def _generate(args):
             head = f"--- {i} ({row.finish})\n" if len(out) > 1 else ""
             print(head + (row.text if model.tokenizer else " ".join(map(str, row.tokens))))
     _note(_speed(out.stats))
+
+
+def _answer(args):
+    import mambainllama as mil
+    if not (args.rows and args.out):
+        raise ValueError("--prompts rows.jsonl and --out answers.jsonl go together")
+    others = {"PROMPT": args.prompts, "--file": args.file, "--chat": args.chat, "--ids": args.ids, "--stop": args.stop,
+              "--json": args.json, "--draft": args.draft}
+    for name, given in others.items():
+        if given:
+            raise ValueError(f"{name} does not go with --prompts")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    report = mil.answer(_load(args.model, args), args.rows, args.out, batch=args.batch, shard=args.shard or (0, 1), **settings)
+    _note(f"{args.out}: {report['answered']} of {report['rows']} rows answered now, {_speed(report)}")
 
 
 def _lines(file):
@@ -309,7 +337,7 @@ def _stream(index, token, text):
 
 def _speed(stats):
     line = f"{stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s"
-    if stats["drafted"]:
+    if stats.get("drafted"):
         line += f", {stats['acceptance']:.0%} of drafts accepted, {stats['tokens_per_verify']:.2f} tokens per verify"
     return line
 

@@ -10,6 +10,7 @@ import numpy as np
 
 NONE = -100  # a target that counts for nothing
 START = -2   # prev of a document's first token: nothing precedes it
+CHAT = "a list of objects with a role and a content, both strings"
 
 
 def rows(data, name="data"):
@@ -55,6 +56,12 @@ def read(data, tokenizer=None, vocab=None, name="data"):
     return documents
 
 
+def is_chat(value):
+    """Whether it is CHAT, and not empty."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+
+
 def _document(where, row, tokenizer, vocab):
     kinds = [key for key in ("messages", "text", "ids") if key in row]
     if len(kinds) != 1:
@@ -64,9 +71,8 @@ def _document(where, row, tokenizer, vocab):
         raise ValueError(f"{where}: the model has no tokenizer, so a row needs ids, not {kind}")
     if kind == "text" and not isinstance(value, str):
         raise ValueError(f"{where}: text must be a string, not {type(value).__name__}")
-    if kind == "messages" and not (isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)):
-        raise ValueError(f"{where}: messages must be a list of objects with a role and a content, both strings")
+    if kind == "messages" and not is_chat(value):
+        raise ValueError(f"{where}: messages must be {CHAT}")
     try:
         if kind == "messages":
             ids, mask = tokenizer.encode_chat_with_mask(value)

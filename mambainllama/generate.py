@@ -32,12 +32,14 @@ class Completion:
     text      the new text, up to a stop string; "" where the model has no tokenizer
     tokens    the new token ids; a stop token is not among them, the tokens that spell a stop string are
     finish    "stop" (a stop token or a stop string) | "length" (max_new_tokens)
+    end       the stop token that ended it, None without
     logprobs  None, or a dict for each of `tokens`: {id: log probability} of the chosen token and the k likeliest, by the
               model itself (before temperature and the filters)
     """
     text: str = ""
     tokens: list = field(default_factory=list)
     finish: str = "length"
+    end: int | None = None
     logprobs: list | None = None
 
 
@@ -59,7 +61,7 @@ class Output(list):
 
 
 def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=None,
-             stop_tokens=None, draft=None, lookahead=4, callback=None, logprobs=None, batch=None):
+             stop_tokens=None, draft=None, lookahead=4, callback=None, logprobs=None, batch=None, index=None, finished=None):
     """Continue each prompt; -> Output, a list of Completion with `.stats`, in the order of the prompts.
 
     prompts         str | chat (a list of {"role", "content"}) | a list of token ids, or a list of these. One prompt alone
@@ -67,7 +69,7 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     max_new_tokens, temperature, top_k, top_p, min_p
                     one value, or one a prompt. temperature 0: the likeliest token. Filters in the order of ops.h: top_k
                     likeliest (0: all), the smallest set of mass top_p, those of at least min_p times the largest.
-    seed            of the uniforms; a sampled row depends on it, on its prompt and on its place in `prompts`, not on the others
+    seed            of the uniforms; a sampled row depends on it, on its prompt and on its index, not on the others
     stop            a string or a list of them: generation ends where one has appeared, `.text` ends before it
     stop_tokens     ids that end a row; None: the model's own, model.stop_tokens, []: none
     draft           a model of the same vocabulary and any kind of layers that proposes `lookahead` (0 to 15) tokens a round
@@ -77,6 +79,8 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     logprobs        k: also the log probabilities of each token and of the k likeliest
     batch           rows decoded side by side (None: at most 32); as one finishes the next prompt takes its place. The
                     outcome does not depend on it. Memory is batch * (longest prompt + max_new_tokens) of K/V.
+    index           one a prompt: the number that it takes its uniforms by (None: its place in `prompts`)
+    finished        called as finished(place, completion) as soon as the prompt at that place is done
 
     ValueError, in one sentence: an empty prompt, an id outside the vocabulary, text for a model without a tokenizer, a value
     out of range or not one a prompt, a draft of another vocabulary."""
@@ -89,6 +93,7 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
         "top_k": _each("top_k", top_k, n, np.int32, lambda v: v >= 0, "0 (all) or more"),
         "top_p": _each("top_p", top_p, n, np.float32, lambda v: (v > 0) & (v <= 1), "in (0, 1]"),
         "min_p": _each("min_p", min_p, n, np.float32, lambda v: (v >= 0) & (v <= 1), "in [0, 1]"),
+        "index": _each("index", range(n) if index is None else index, n, np.int32, lambda v: v >= 0, "0 or more"),
     }
     stops = _stop_strings(model, stop)
     ends = _stop_ids(model, stop_tokens)
@@ -100,10 +105,12 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
         raise ValueError(f"generate: seed must be an integer from 0 to 2**53 - 1, not {seed!r}")
     if batch is not None and not (isinstance(batch, (int, np.integer)) and batch >= 1):
         raise ValueError(f"generate: batch must be None or 1 or more rows, not {batch!r}")
-    if callback is not None and not callable(callback):
-        raise ValueError(f"generate: callback must be None or a function of (index, token, text), not {callback!r}")
+    for name, value, of in (("callback", callback, "index, token, text"), ("finished", finished, "place, completion")):
+        if value is not None and not callable(value):
+            raise ValueError(f"generate: {name} must be None or a function of ({of}), not {value!r}")
 
-    rows = [_Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback) for i, ids in enumerate(prompts)]
+    rows = [_Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback, finished)
+            for i, ids in enumerate(prompts)]
     waiting = deque(row for row in rows if not row.finished)
     models = [model, draft] if lookahead else [model]
     slots = min(len(waiting), batch or ROWS)
@@ -142,7 +149,7 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
     """One round for `rows` in `slots`: -> for each row its new tokens (accepted proposals and one more) and their logits.
 
     The model's State stands before the row's last token, the draft's at most one token before that."""
-    index = np.array([row.index for row in rows], np.int32)
+    place = np.array([row.place for row in rows], np.int32)
     at = np.array([len(row.ids) for row in rows], np.int32)  # where the first token of the round will stand
     count = np.array([min(lookahead, row.room - 1) for row in rows], np.int32)
     K, B = int(count.max()), len(rows)
@@ -156,8 +163,8 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
     last = np.array([row.ids[-1] for row in rows], np.int32)
     draft = (models[1].c, states[1].c) if K else (None, None)
     proposed, accepted, token, logits = models[0].c.round(
-        states[0].c, *draft, (slots, last, index, at, count, unread, keep), tuple(choose[name][index] for name in CHOICES), int(seed),
-        any(row.likeliest is not None for row in rows))
+        states[0].c, *draft, (slots, last, choose["index"][place], at, count, unread, keep),
+        tuple(choose[name][place] for name in CHOICES), int(seed), any(row.likeliest is not None for row in rows))
     stats["rounds"] += 1
     stats["verified"] += B
     stats["drafted"] += int(count.sum())
@@ -168,8 +175,9 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
 class _Row:
     """One prompt on its way: its tokens so far, and the text that is certain."""
 
-    def __init__(self, index, ids, limit, tokenizer, stops, ends, logprobs, callback):
-        self.index, self.ids, self.limit, self.stops, self.ends, self.callback = index, list(ids), limit, stops, ends, callback
+    def __init__(self, place, ids, limit, tokenizer, stops, ends, logprobs, callback, done):
+        self.place, self.ids, self.limit, self.stops, self.ends = place, list(ids), limit, stops, ends
+        self.callback, self.done = callback, done
         self.prompt = len(ids)
         self.out = Completion(logprobs=None if logprobs is None else [])
         self.likeliest = logprobs
@@ -186,6 +194,7 @@ class _Row:
     def push(self, token, logits):
         """Takes the next token and the logits (V) it was drawn from; -> whether the row is finished."""
         if token in self.ends:
+            self.out.end = token
             return self._finish("stop")
         self.ids.append(token)
         self.out.tokens.append(token)
@@ -210,13 +219,15 @@ class _Row:
         text, self.held = self.held[:n], self.held[n:]
         self.out.text += text
         if self.callback:
-            self.callback(self.index, token, text)
+            self.callback(self.place, token, text)
 
     def _finish(self, why):
         if self._stops(self.stream.flush() if self.stream else ""):
             why = "stop"
         self._emit(None, len(self.held))
         self.out.finish, self.finished = why, True
+        if self.done:
+            self.done(self.place, self.out)
         return True
 
 
@@ -241,7 +252,7 @@ def encode_prompts(model, prompts):
         prompts = [prompts]
     elif not isinstance(prompts, (list, tuple, np.ndarray)):
         raise ValueError(f"generate: prompts must be text, a chat, token ids or a list of these, not {type(prompts).__name__}")
-    return [_encode(model, prompt, i) for i, prompt in enumerate(prompts)]
+    return [encode_prompt(model, prompt, f"generate: prompt {i}") for i, prompt in enumerate(prompts)]
 
 
 def _is_prompt(p):
@@ -249,23 +260,24 @@ def _is_prompt(p):
     return isinstance(p, str) or many and isinstance(p[0], (dict, int, np.integer))
 
 
-def _encode(model, prompt, i):
+def encode_prompt(model, prompt, name):
+    """One prompt -> a list of token ids; name begins the sentence of a ValueError."""
     if isinstance(prompt, (list, tuple, np.ndarray)) and not len(prompt):
-        raise ValueError(f"generate: prompt {i} is empty: there is nothing to continue")
+        raise ValueError(f"{name} is empty: there is nothing to continue")
     if not _is_prompt(prompt):
-        raise ValueError(f"generate: prompt {i} must be text, a chat or token ids, not {type(prompt).__name__}")
+        raise ValueError(f"{name} must be text, a chat or token ids, not {type(prompt).__name__}")
     if isinstance(prompt, str) or isinstance(prompt[0], dict):
         if model.tokenizer is None:
-            raise ValueError(f"generate: prompt {i} is text, but the model has no tokenizer: give token ids")
+            raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
         encode = model.tokenizer.encode if isinstance(prompt, str) else model.tokenizer.encode_chat
         ids = list(encode(prompt))
         if not ids:
-            raise ValueError(f"generate: prompt {i} has no tokens: there is nothing to continue")
+            raise ValueError(f"{name} has no tokens: there is nothing to continue")
         return ids
     V = model.config["vocab_size"]
     for t in prompt:
         if not isinstance(t, (int, np.integer)) or not 0 <= t < V:
-            raise ValueError(f"generate: prompt {i} holds {t!r}, which is no id of a vocabulary of {V}")
+            raise ValueError(f"{name} holds {t!r}, which is no id of a vocabulary of {V}")
     return [int(t) for t in prompt]
 
 

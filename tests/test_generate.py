@@ -147,6 +147,22 @@ def test_a_sampled_row_does_not_depend_on_the_others(models, drafts, lookahead):
         assert [tokens(all_)[i] == tokens(mixed)[i] for i in range(8)] == [True, True, False, False, True, False, True, True]
 
 
+def test_a_sampled_row_goes_by_its_index(models, drafts):
+    for how in (dict(), dict(draft=drafts["transformer"], lookahead=3)):
+        how |= dict(max_new_tokens=9, temperature=1.0, seed=5)
+        all_ = tokens(mil.generate(models["hybrid1"], PROMPTS, **how))
+        picked = [6, 0, 3, 7]
+        assert tokens(mil.generate(models["hybrid1"], [PROMPTS[i] for i in picked], index=picked, **how)) == [all_[i] for i in picked]
+        assert tokens(mil.generate(models["hybrid1"], PROMPTS[1], index=1 << 20, **how)) != [all_[1]]
+
+
+def test_a_row_is_told_as_soon_as_it_is_finished(models):
+    seen, limits = [], [5, 0, 9, 2]
+    out = mil.generate(models["pure2"], PROMPTS[:4], max_new_tokens=limits, index=[9, 8, 7, 6], batch=3,
+                       finished=lambda place, row: seen.append((place, row)))
+    assert [place for place, _ in seen] == [1, 3, 0, 2] and all(row is out[place] for place, row in seen)
+
+
 def test_seeds_differ_and_repeat(models):
     one, two, again = (tokens(mil.generate(models["pure2"], PROMPTS, temperature=1.0, seed=s)) for s in (1, 2, 1))
     assert one == again and all(a != b for a, b in zip(one, two))
@@ -200,6 +216,7 @@ def test_stop_tokens_end_rows_and_are_left_out(models, drafts):
         out = mil.generate(models["hybrid2"], PROMPTS, max_new_tokens=24, stop_tokens=ends, draft=draft)
         assert tokens(out) == want
         assert [row.finish for row in out] == ["stop" if len(row) < 24 else "length" for row in want]
+        assert [row.end for row in out] == [whole[len(row)] if len(row) < 24 else None for row, whole in zip(want, plain)]
     one = mil.generate(models["hybrid2"], PROMPTS[0], max_new_tokens=24, stop_tokens=ends[0])
     assert one[0].tokens == plain[0][:plain[0].index(ends[0])]
 
@@ -326,6 +343,9 @@ def test_a_long_prompt_is_prefilled_in_parts(models):
     (dict(prompts=7), "prompts must be"),
     (dict(prompts=[None]), "prompt 0 must be"),
     (dict(temperature=-1), "temperature"),
+    (dict(index=-1), "index must be 0 or more"),
+    (dict(index=[1, 2]), r"has shape \(2,\)"),
+    (dict(finished=3), "finished must be None"),
     (dict(temperature=[1, 1]), r"has shape \(2,\)"),
     (dict(temperature=float("nan")), "temperature"),
     (dict(top_k=1.5), "top_k"),
