@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import mambainllama as mil
+from conftest import on
 from mambainllama.preference import Pairs, Preference
 from mambainllama.recipe import load_recipe
 from test_train import CONFIG, V, Stop, bits, history, stop, stop_after
@@ -17,8 +18,8 @@ def rows(seed=0, count=7):
     return [{key: r.integers(V, size=r.integers(2, 7)).tolist() for key in ("prompt", "chosen", "rejected")} for _ in range(count)]
 
 
-def hybrid(seed=1):
-    return mil.convert(mil.random(CONFIG, seed=seed), mamba_layers=[1], seed=seed)
+def hybrid(seed=1, **how):
+    return mil.convert(mil.random(CONFIG, seed=seed, **how), mamba_layers=[1], seed=seed)
 
 
 def recipe(**changes):
@@ -109,6 +110,16 @@ def test_another_reference_is_another_run(tmp_path):
     mil.dpo(hybrid(), rows(), {**PLAN, "steps": 2}, hybrid(2), out=tmp_path)
     with pytest.raises(ValueError, match="began with another teacher"):
         mil.dpo(hybrid(), rows(), {**PLAN, "steps": 2}, hybrid(3), out=tmp_path)
+
+
+@pytest.mark.parametrize("device", on("cuda32", "cuda"), indirect=True)
+def test_on_a_gpu_as_on_a_cpu(device):
+    values = []
+    for how in (dict(dtype=device.how["dtype"]), device.how):
+        goal, pairs = objective(hybrid(**how), hybrid(2, **how), rows())
+        values.append(goal.loss(pairs.batch(0), {"margin": 1.0}, backward=False))
+    for key, value in values[0].items():
+        assert values[1][key] == pytest.approx(value, rel=10 * device.logits, abs=device.logits), key
 
 
 @pytest.mark.parametrize("row, says", [
