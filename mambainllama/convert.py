@@ -8,7 +8,7 @@ from .parity import parity
 
 FRACTIONS = (0.5, 0.25, 0.125, 0)
 INITS = ("attention", "identity", "random")
-CHECKED_TOKENS, CHECKED_WEIGHTS = 16, 1 << 25  # of the parity gate at conversion: as many copied weights as take about a second
+CHECKED_TOKENS, CHECKED_WEIGHTS = 16, 1 << 25  # of the parity gate at conversion: as many copied weights as take a second or so
 
 
 def kept_attention(layers, fraction):
