@@ -195,22 +195,35 @@ static PyObject *model_names(PyObject *self, PyObject *none) {
   return dict;
 }
 
-static PyObject *pull_array(const Param *p, int type, const void *data) {
+/* Rows first .. first+rows of an array with the parameter's shape. */
+static PyObject *pull_rows(const Param *p, int type, const void *data, size_t first, size_t rows) {
   npy_intp shape[3];
   int axes = shape_of(p, shape);
+  shape[0] = (npy_intp)rows;
   PyObject *array = PyArray_SimpleNew(axes, shape, type);
   if (!array) return NULL;
-  device_pull(PyArray_DATA((PyArrayObject *)array), data, p->n * (type == NPY_FLOAT32 ? 4 : 2));
+  size_t row = p->n / (p->a ? p->a : 1) * (type == NPY_FLOAT32 ? 4 : 2);
+  device_pull(PyArray_DATA((PyArrayObject *)array), (const char *)data + first * row, rows * row);
   return checked("Model.get", array);
 }
 
-static PyObject *model_raw(PyObject *self, PyObject *name) {
+static PyObject *pull_array(const Param *p, int type, const void *data) { return pull_rows(p, type, data, 0, p->a); }
+
+static PyObject *model_raw(PyObject *self, PyObject *args) {
+  PyObject *name;
+  Py_ssize_t first = 0, rows = -1;
+  if (!PyArg_ParseTuple(args, "O|nn", &name, &first, &rows)) return NULL;
   Param *p = find((ModelObject *)self, name);
-  return p ? pull_array(p, p->type == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16, p->buffer->data) : NULL;
+  if (!p) return NULL;
+  if (rows < 0) rows = (Py_ssize_t)p->a - first;
+  if (first < 0 || rows < 0 || first > (Py_ssize_t)p->a || rows > (Py_ssize_t)p->a - first)
+    return PyErr_Format(PyExc_ValueError, "%U has %zu rows, asked for %zd from %zd on", name, p->a, rows, first);
+  return pull_rows(p, p->type == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16, p->buffer->data, (size_t)first, (size_t)rows);
 }
 
 static PyObject *model_get(PyObject *self, PyObject *name) {
-  PyObject *raw = model_raw(self, name);
+  PyObject *args = PyTuple_Pack(1, name), *raw = args ? model_raw(self, args) : NULL;
+  Py_XDECREF(args);
   if (!raw || PyArray_TYPE((PyArrayObject *)raw) == NPY_FLOAT32) return raw;
   PyObject *array = PyArray_SimpleNew(PyArray_NDIM((PyArrayObject *)raw), PyArray_DIMS((PyArrayObject *)raw), NPY_FLOAT32);
   const uint16_t *half = PyArray_DATA((PyArrayObject *)raw);
@@ -581,7 +594,8 @@ static PyMethodDef model_methods[] = {
     {"names", model_names, METH_NOARGS, "names() -> {checkpoint name: shape}"},
     {"kinds", model_kinds, METH_NOARGS, "kinds() -> the layers' mixers, by name"},
     {"get", model_get, METH_O, "get(name) -> the parameter as float32"},
-    {"raw", model_raw, METH_O, "raw(name) -> the parameter as stored: float32, or uint16 (the bits of bf16)"},
+    {"raw", model_raw, METH_VARARGS,
+     "raw(name, first=0, rows=-1) -> the parameter as stored: float32, or uint16 (the bits of bf16); rows < 0: all from `first` on"},
     {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16)"},
     {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
     {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step"},

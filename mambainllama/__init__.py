@@ -6,7 +6,9 @@ from .checkpoint import load, save
 from .convert import convert
 from .generate import generate
 from .model import Model, State, random
+from .parity import parity
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "random", "save", "sft", "train"]
+__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "random", "save", "sft",
+           "train"]
 __version__ = "0.1.0"

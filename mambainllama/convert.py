@@ -4,15 +4,22 @@ import copy
 import numpy as np
 
 from .config import architecture
+from .parity import parity
 
 FRACTIONS = (0.5, 0.25, 0.125, 0)
 INITS = ("attention", "identity", "random")
+CHECKED_TOKENS, CHECKED_WEIGHTS = 16, 1 << 25  # of the parity gate at conversion: as many copied weights as take a second or so
 
 
 def kept_attention(layers, fraction):
     """The attention layers that stay when `fraction` of `layers` do: n = round(fraction·layers), floor((i+1)·layers/n) - 1."""
     n = round(fraction * layers)
     return [(i + 1) * layers // n - 1 for i in range(n)]
+
+
+def _spread(n, total):
+    """n numbers from 0 on below `total`, evenly spread."""
+    return [(2 * i + 1) * total // (2 * n) for i in range(n)]
 
 
 def _layers(values, total):
@@ -25,12 +32,14 @@ def _layers(values, total):
     return sorted(int(layer) for layer in layers)
 
 
-def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
+def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, check=True):
     """Changes `student` in place: each of `layers`, attention now, becomes `mixer` ("mamba1" | "mamba2").
 
     init "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "identity": so too, but the convolution starts as
     the identity and leaves what was copied in step, k with q; "random": all of the mixer fresh. The same seed gives the same bits.
-    Norms and MLP stay. ValueError: not an attention layer, unknown mixer or init, Mamba-1 where head_dim does not divide into blocks of 16.
+    Norms and MLP stay. check: the conversion is first done on a copy, which has to pass `parity` (not for init "random").
+    ValueError, `student` untouched: not an attention layer, unknown mixer or init, Mamba-1 where head_dim does not divide into
+    blocks of 16, a copy that fails.
     """
     if mixer not in ("mamba1", "mamba2"):
         raise ValueError(f"mixer is {mixer!r}, expected 'mamba1' or 'mamba2'")
@@ -43,6 +52,8 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
     sizes = architecture(student.config)
     if mixer == "mamba1" and layers and (width := sizes["kv_heads"] * sizes["head_dim"]) % 16:
         raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {width} must be a multiple of 16")
+    if check and layers and init != "random":
+        _gate(student, layers, sizes, mixer, init, seed)
     for layer in layers:
         student.c.convert(layer, mixer, init != "random", int(seed) & (2**64 - 1))
     student._names = None
@@ -54,7 +65,7 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0):
         student.set(f"{conv}.bias", np.zeros(len(weight), np.float32))
 
 
-def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None):
+def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None, check=True):
     """A student: `teacher` with some attention layers replaced; what is not replaced is shared until one of the two changes it.
 
     mamba_layers: the layers to replace, or attention=0.5 | 0.25 | 0.125 | 0: the share of layers that keep attention, placed
@@ -68,7 +79,21 @@ def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0
             raise ValueError(f"attention is {attention!r}, expected a share of the layers such as {', '.join(map(str, FRACTIONS))}")
         kept = kept_attention(len(kinds), attention)
         mamba_layers = [layer for layer in range(len(kinds)) if layer not in kept and kinds[layer] == "attention"]
-    student = copy.copy(teacher)
-    student.c = teacher.c.clone()
-    convert_layers(student, mamba_layers, mixer, init, seed)
+    student = _clone(teacher)
+    convert_layers(student, mamba_layers, mixer, init, seed, check)
     return student
+
+
+def _clone(model):
+    clone = copy.copy(model)
+    clone.c = model.c.clone()
+    return clone
+
+
+def _gate(teacher, layers, sizes, mixer, init, seed):
+    """Converts `layers` of a copy (of a large model some of them, evenly spread) and puts them through parity."""
+    copied = 2 * (sizes["heads"] + sizes["kv_heads"]) * sizes["head_dim"] * sizes["width"]
+    some = [layers[i] for i in _spread(min(len(layers), max(1, CHECKED_WEIGHTS // copied)), len(layers))]
+    trial = _clone(teacher)
+    convert_layers(trial, some, mixer, init, seed, check=False)
+    parity(trial, teacher, np.array([_spread(CHECKED_TOKENS, sizes["vocab"])]), some)
