@@ -46,36 +46,26 @@ static Softmax softmax(const float *x, float beta, size_t n) {
 /* d = log t - log s of one logit, s = softmax(z beta), t = softmax(u beta), shift = log t.sum - log s.sum */
 #define D(u, z) ((((u) - t.max) - ((z) - s.max)) * beta - shift)
 
-/* sum_i exp((x_i - max) beta) d_i, x either z or u */
-static double divergence(const float *x, float max, const float *z, const float *u, Softmax s, Softmax t, float beta,
-                         float shift, size_t n) {
+/* sum_i exp((x_i - max) beta) f(d_i), x either z or u: f(d) = d for to_mean 0; else log 2 - log(1 + e^(to_mean d)), which with 1 is log of
+ * s over the mean of s and t, with -1 of t */
+static inline double divergence(int to_mean, const float *x, float max, const float *z, const float *u, Softmax s, Softmax t, float beta,
+                                float shift, size_t n) {
   double sum = 0;
   for (size_t i = 0; i < n; i += BLOCK) {
     float part = 0;
     size_t end = min(i + BLOCK, n);
 #pragma omp simd reduction(+ : part)
-    for (size_t j = i; j < end; j++) part += exp_((x[j] - max) * beta) * D(u[j], z[j]);
-    sum += part;
-  }
-  return sum;
-}
-
-/* sum_i exp((x_i - max) beta) (log 2 - log(1 + e^(sign d_i))): with sign 1 log of s over the mean of s and t, with -1 of t */
-static double to_mean(const float *x, float max, float sign, const float *z, const float *u, Softmax s, Softmax t, float beta,
-                      float shift, size_t n) {
-  double sum = 0;
-  for (size_t i = 0; i < n; i += BLOCK) {
-    float part = 0;
-    size_t end = min(i + BLOCK, n);
-#pragma omp simd reduction(+ : part)
-    for (size_t j = i; j < end; j++) part += exp_((x[j] - max) * beta) * (LN2 - softplus(sign * D(u[j], z[j])));
+    for (size_t j = i; j < end; j++) {
+      const float d = D(u[j], z[j]);
+      part += exp_((x[j] - max) * beta) * (to_mean ? LN2 - softplus((float)to_mean * d) : d);
+    }
     sum += part;
   }
   return sum;
 }
 
 /* Returns tau^2 sum t d (forward), tau^2 sum s (-d) (reverse) or tau^2 times half of sum s l + sum t l' (Jensen-Shannon; l, l' as in
- * to_mean) of one row, beta = 1/tau. If gradient, u = weight times its derivative by z: forward tau (s - t), reverse
+ * divergence) of one row, beta = 1/tau. If gradient, u = weight times its derivative by z: forward tau (s - t), reverse
  * tau s (-d - sum s (-d)), Jensen-Shannon tau s (l - sum s l) / 2. */
 static double row_kl(float *restrict u, const float *restrict z, const Chunk *c, float weight) {
   const size_t V = c->V;
@@ -85,12 +75,12 @@ static double row_kl(float *restrict u, const float *restrict z, const Chunk *c,
   const float shift = (float)exact;
   double own = 0, kl;
   if (c->kind == JENSEN_SHANNON) {
-    own = to_mean(z, s.max, 1, z, u, s, t, beta, shift, V) / s.sum;
-    kl = (own + to_mean(u, t.max, -1, z, u, s, t, beta, shift, V) / t.sum) / 2;
+    own = divergence(1, z, s.max, z, u, s, t, beta, shift, V) / s.sum;
+    kl = (own + divergence(-1, u, t.max, z, u, s, t, beta, shift, V) / t.sum) / 2;
   } else if (c->kind == REVERSE) {
-    own = kl = -divergence(z, s.max, z, u, s, t, beta, shift, V) / s.sum - (shift - exact);
+    own = kl = -divergence(0, z, s.max, z, u, s, t, beta, shift, V) / s.sum - (shift - exact);
   } else {
-    kl = divergence(u, t.max, z, u, s, t, beta, shift, V) / t.sum + (shift - exact);
+    kl = divergence(0, u, t.max, z, u, s, t, beta, shift, V) / t.sum + (shift - exact);
   }
   if (c->gradient) {
     const float a = (float)(weight * c->tau / s.sum), b = (float)(weight * c->tau / t.sum), mean = (float)own;

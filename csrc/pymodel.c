@@ -209,10 +209,7 @@ static PyObject *pull_rows(const Param *p, int type, const void *data, size_t fi
 
 static PyObject *pull_array(const Param *p, int type, const void *data) { return pull_rows(p, type, data, 0, p->a); }
 
-static PyObject *model_raw(PyObject *self, PyObject *args) {
-  PyObject *name;
-  Py_ssize_t first = 0, rows = -1;
-  if (!PyArg_ParseTuple(args, "O|nn", &name, &first, &rows)) return NULL;
+static PyObject *raw_rows(PyObject *self, PyObject *name, Py_ssize_t first, Py_ssize_t rows) {
   Param *p = find((ModelObject *)self, name);
   if (!p) return NULL;
   if (rows < 0) rows = (Py_ssize_t)p->a - first;
@@ -221,9 +218,14 @@ static PyObject *model_raw(PyObject *self, PyObject *args) {
   return pull_rows(p, p->type == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16, p->buffer->data, (size_t)first, (size_t)rows);
 }
 
+static PyObject *model_raw(PyObject *self, PyObject *args) {
+  PyObject *name;
+  Py_ssize_t first = 0, rows = -1;
+  return PyArg_ParseTuple(args, "O|nn", &name, &first, &rows) ? raw_rows(self, name, first, rows) : NULL;
+}
+
 static PyObject *model_get(PyObject *self, PyObject *name) {
-  PyObject *args = PyTuple_Pack(1, name), *raw = args ? model_raw(self, args) : NULL;
-  Py_XDECREF(args);
+  PyObject *raw = raw_rows(self, name, 0, -1);
   if (!raw || PyArray_TYPE((PyArrayObject *)raw) == NPY_FLOAT32) return raw;
   PyObject *array = PyArray_SimpleNew(PyArray_NDIM((PyArrayObject *)raw), PyArray_DIMS((PyArrayObject *)raw), NPY_FLOAT32);
   const uint16_t *half = PyArray_DATA((PyArrayObject *)raw);

@@ -1,9 +1,9 @@
 """Is a mixer used? The loss with some of them off: a Mamba layer that may as well be absent has been bypassed by its neighbours."""
-import copy
-
 import numpy as np
 
-from .data import Batches, read
+from .convert import convert
+from .recipe import load_recipe
+from .train import LanguageModelling, evaluate
 
 OUTPUT = {"attention": "self_attn.o_proj", "mamba1": "mamba.out_proj", "mamba2": "mamba.out_proj"}
 
@@ -16,31 +16,23 @@ def ablate(model, data, length=2048, batch=8):
     "layers"                               of each layer its mixer alone: a list, one number a layer
 
     A mixer is off when its output projection is zero; that is done to a copy that shares all else. ValueError: bad data."""
-    batches = Batches(read(data, model.tokenizer, model.config["vocab_size"]), length, batch, shuffle=False)
+    recipe = load_recipe({"steps": 1, "length": length, "batch": batch}, kl=0.0, ce=1.0)
+    batches = LanguageModelling(model, None, recipe).read(data, "data", shuffle=False)
     kinds = model.layer_kinds
     mamba = [i for i, kind in enumerate(kinds) if kind != "attention"]
     attention = [i for i, kind in enumerate(kinds) if kind == "attention"]
 
     def loss(layers):
-        return _loss(_without(model, layers), batches)
+        return evaluate(LanguageModelling(_without(model, layers), None, recipe), batches)["ce"]
     return {"whole": loss([]), "without_mamba": loss(mamba) if mamba else None, "without_attention": loss(attention) if attention else None,
             "layers": [loss([i]) for i in range(len(kinds))]}
 
 
 def _without(model, layers):
-    other = copy.copy(model)
-    other.c = model.c.clone()
+    other = convert(model, mamba_layers=[])
     for i in layers:
         name = f"model.layers.{i}.{OUTPUT[model.layer_kinds[i]]}"
         for part in ("weight", "bias"):
             if f"{name}.{part}" in model.names:
                 other.set(f"{name}.{part}", np.zeros(model.names[f"{name}.{part}"], np.float32))
     return other
-
-
-def _loss(model, batches):
-    total = tokens = 0
-    for ids, targets, prev in batches.once():
-        values = model.loss(ids, targets, prev=prev)
-        total, tokens = total + values["ce"] * values["tokens"], tokens + values["tokens"]
-    return total / tokens

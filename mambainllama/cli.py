@@ -99,13 +99,12 @@ def _parser():
     _training(p)
     device_and_dtype(p)
 
-    p = command("sft", _train, "Fine-tune on chats: the answers alone count; started again with the same --out, it goes on.", """\
+    p = command("sft", _sft, "Fine-tune on chats: the answers alone count; started again with the same --out, it goes on.", """\
   mambainllama sft hybrid chats.jsonl --out run --set steps=1000 --set lr=2e-5""")
     p.add_argument("model", help="folder")
     p.add_argument("data", help="JSONL rows of messages")
     _training(p)
     device_and_dtype(p)
-    p.set_defaults(tokenizer=None, fine_tune=True)
 
     p = command("dpo", _dpo, "Learn from pairs which answer is preferred; started again with the same --out, it goes on.", """\
   mambainllama dpo hybrid pairs.jsonl --out run --set steps=500 --set lr=5e-7 --set beta=0.1
@@ -260,8 +259,13 @@ def _train(args):
         model.tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     else:
         model = _load(args.model, args)
-    learn = mil.sft if getattr(args, "fine_tune", False) else mil.train
-    _report(learn(model, args.data, recipe, out=args.out), model)
+    _report(mil.train(model, args.data, recipe, out=args.out), model)
+
+
+def _sft(args):
+    import mambainllama as mil
+    recipe, model = _recipe(args), _load(args.model, args)
+    _report(mil.sft(model, args.data, recipe, out=args.out), model)
 
 
 def _dpo(args):

@@ -92,6 +92,11 @@ def _document(where, row, tokenizer, vocab):
     return ids.astype(np.int32), mask.astype(bool)
 
 
+def shuffled(n, seed, epoch):
+    """0 … n-1 in the order of an epoch. RandomState: NumPy never changes its streams."""
+    return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(n).tolist()
+
+
 class Batches:
     """Documents packed into rows of `length` tokens, `batch` rows at a time, epoch after epoch.
 
@@ -137,9 +142,7 @@ class Batches:
     def _open(self, epoch, first):
         """Packs an epoch: self.packed is its rows, each a list of pieces; its first row is the first-th of all."""
         self.epoch, self.first, self.packed = epoch, first, []
-        order = range(len(self.pieces))
-        if self.shuffle:  # RandomState: NumPy never changes its streams
-            order = np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32, epoch]).permutation(len(self.pieces)).tolist()
+        order = shuffled(len(self.pieces), self.seed, epoch) if self.shuffle else range(len(self.pieces))
         room = 0
         for i in order:
             piece = self.pieces[i]

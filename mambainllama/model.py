@@ -1,5 +1,6 @@
 """Model and State: thin faces of the C types. Everything that computes is below them; here arrays are prepared and named."""
 import fnmatch
+import zlib
 
 import numpy as np
 
@@ -40,6 +41,13 @@ def _prev(value, shape):
         return np.ascontiguousarray(np.broadcast_to(array, shape))
     except ValueError:
         raise ValueError(f"argument 'prev' must have the shape of ids {shape}, got {array.shape}") from None
+
+
+def _ids_and_targets(ids, targets):
+    ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
+    if ids.ndim != 2 or targets.shape != ids.shape:
+        raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
+    return ids, targets
 
 
 class Model:
@@ -92,6 +100,13 @@ class Model:
     def raw(self, name):
         """The parameter as stored: float32, or uint16 holding the bits of bf16."""
         return self.c.raw(name)
+
+    def fingerprint(self, names=None):
+        """Of the parameters' names and bits (default: all), hexadecimal."""
+        crc = 0
+        for name in sorted(self.names if names is None else names):
+            crc = zlib.crc32(np.ascontiguousarray(self.raw(name)), zlib.crc32(name.encode(), crc))
+        return f"{crc:08x}"
 
     def set(self, name, array):
         """Writes a parameter: float32 (rounded to bf16 where that is how it is stored) or uint16 (the bits of bf16)."""
@@ -187,9 +202,7 @@ class Model:
         sum over all positions, targets or not, divided by B ("paper").  recompute: keep only layer inputs for backward.
         Returns {"loss", "ce", "kl", "tokens"}; ce and kl unweighted.
         """
-        ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
-        if ids.ndim != 2 or targets.shape != ids.shape:
-            raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
+        ids, targets = _ids_and_targets(ids, targets)
         prev = _prev(prev, ids.shape)
         if kind not in KL_KINDS:
             raise ValueError(f"kind is {kind!r}, expected {' or '.join(map(repr, KL_KINDS))}")
@@ -215,9 +228,7 @@ class Model:
         """Log-probabilities (B,T) float32 of the targets, 0 where there is none; shapes as in loss.
 
         weights (B,T): adds the gradient of -sum(weights * log_probs) to the gradients, as loss does of its own."""
-        ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
-        if ids.ndim != 2 or targets.shape != ids.shape:
-            raise ValueError(f"ids and targets must have one shape (batch, tokens), got {ids.shape} and {targets.shape}")
+        ids, targets = _ids_and_targets(ids, targets)
         self._set_rope(ids.shape[1])
         mask = (targets >= 0).astype(np.float32)
         given = mask if weights is None else mask * np.asarray(weights, np.float32)

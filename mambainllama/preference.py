@@ -10,11 +10,10 @@ With r(y) = log p(y | prompt) - log p_reference(y | prompt), sums over the answe
   ipo:     (m - 1 / (2 beta))^2   (Azar et al. 2023, arXiv 2310.12036)
 The reference's log-probabilities are computed once, before the first step, and kept beside the run."""
 import hashlib
-import zlib
 
 import numpy as np
 
-from .data import NONE, rows
+from .data import NONE, is_chat, rows, shuffled
 from .weights import replacing
 
 
@@ -35,6 +34,7 @@ class Pairs:
         for ids, start in (half for pair in self.pairs for half in pair):
             digest.update(np.array([len(ids), start], np.int64).tobytes() + ids.tobytes())
         self.fingerprint = digest.hexdigest()[:32]
+        self.epoch = self.order = None  # the epoch whose order is at hand
         self.reference = None  # of each pair: the reference's log-probabilities of both answers' tokens
 
     def batch(self, step):
@@ -48,9 +48,9 @@ class Pairs:
 
     def _at(self, i):
         epoch, at = divmod(i, len(self.pairs))
-        if not self.shuffle:
-            return at
-        return int(np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32, epoch]).permutation(len(self.pairs))[at])
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, shuffled(len(self.pairs), self.seed, epoch) if self.shuffle else range(len(self.pairs))
+        return self.order[at]
 
     def _stack(self, chosen):
         order = [(i, half) for half in (0, 1) for i in chosen]
@@ -91,10 +91,8 @@ def _encode(where, prompt, answer, tokenizer):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    for messages in (prompt, answer):
-        if not (isinstance(messages, list) and messages and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
-            raise ValueError(f"{where}: prompt, chosen and rejected must be lists of objects with a role and a content, or strings")
+    if not (is_chat(prompt) and is_chat(answer)):
+        raise ValueError(f"{where}: prompt, chosen and rejected must be lists of objects with a role and a content, or strings")
     try:
         ids, mask = tokenizer.encode_chat_with_mask(prompt + answer)
         earlier = sum(tokenizer.encode_chat_with_mask(prompt)[1])  # answers that the prompt itself holds
@@ -119,9 +117,9 @@ class Preference:
     def read(self, data, name, **options):
         return Pairs(data, self.model, self.recipe, name, **options)
 
-    def prepare(self, pairs, path):
+    def prepare(self, pairs, path=None, reference=None):
         """The reference's log-probabilities of pairs: from path, if they are there, else computed, and kept there (None: nowhere)."""
-        key = f"{pairs.fingerprint}-{_fingerprint(self.reference)}"
+        key = f"{pairs.fingerprint}-{reference}"
         flat = None
         if path is not None and path.exists():
             with np.load(path) as file:
@@ -170,10 +168,3 @@ def _log_probs(model, pairs):
         for i in range(n):
             yield tuple(found[half * n + i, start - 1:len(row) - 1] for half, (row, start) in enumerate(pairs.pairs[at + i]))
         at += n
-
-
-def _fingerprint(model):
-    crc = 0
-    for name in sorted(model.names):
-        crc = zlib.crc32(np.ascontiguousarray(model.raw(name)), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"

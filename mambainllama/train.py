@@ -15,7 +15,6 @@ import threading
 import time
 import warnings
 import zipfile
-import zlib
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -101,8 +100,9 @@ class LanguageModelling:
         documents = read(data, self.model.tokenizer, self.model.config["vocab_size"], name)
         return Batches(documents, self.recipe["length"], self.recipe["batch"], self.recipe["seed"], name=name, **options)
 
-    def prepare(self, batches, path):
-        """Before the first step, the model being as it came; path: a file to keep what it takes, or None."""
+    def prepare(self, batches, path=None, reference=None):
+        """Before the first step, the model being as it came; path: a file to keep what it takes, or None; reference: the reference's
+        fingerprint, if there is a path."""
 
     def counts(self, batch):
         """{metric: over how much it is a mean}: the positions that count, or for kl_kind "paper" the rows."""
@@ -123,14 +123,14 @@ def run(model, goal, data, recipe, out=None, progress=None):
     _check_layers(model, stages)
     data = goal.read(data, "data")
     held_out = goal.read(recipe["eval_data"], "eval_data", shuffle=False) if recipe["eval_data"] is not None else None
-    folder = status = None
+    folder = status = reference = None
     if out is not None:
+        reference = goal.reference and goal.reference.fingerprint()
         folder = Folder(out, {**recipe, "objective": type(goal).__name__, "data": data.fingerprint,
-                              "eval_data": held_out and held_out.fingerprint, "teacher": goal.reference and _fingerprint(goal.reference),
-                              "student": _fingerprint(model, recipe)})
+                              "eval_data": held_out and held_out.fingerprint, "teacher": reference, "student": _kept(model, recipe)})
     for batches, name in ((data, "reference.npz"), (held_out, "reference_eval.npz")):
         if batches:
-            goal.prepare(batches, folder and folder.path / name)
+            goal.prepare(batches, folder and folder.path / name, reference)
     if folder:
         status = folder.restore(model, recipe)
     status = status or {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": []}
@@ -258,16 +258,12 @@ def _report(status, recipe, folder):
             "history": str(folder.metrics) if folder else None, "model": str(folder.model) if folder else None}
 
 
-def _fingerprint(model, recipe=None):
-    """Of a model's weights; with a recipe only of those that its run leaves as they are."""
-    names, crc = set(model.names), 0
-    if recipe:
-        converted = {i for stage in recipe["stages"] for i in stage["mamba_layers"] or []}
-        mixers = tuple(f"model.layers.{i}.{part}." for i in converted for part in ("self_attn", "mamba"))
-        names = {name for name in names if not name.startswith(mixers) and not any(fnmatchcase(name, p) for p in recipe["train"])}
-    for name in sorted(names):
-        crc = zlib.crc32(np.ascontiguousarray(model.raw(name)), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+def _kept(model, recipe):
+    """Fingerprint of the weights that the recipe's run leaves as they are."""
+    converted = {i for stage in recipe["stages"] for i in stage["mamba_layers"] or []}
+    mixers = tuple(f"model.layers.{i}.{part}." for i in converted for part in ("self_attn", "mamba"))
+    return model.fingerprint(name for name in model.names
+                             if not name.startswith(mixers) and not any(fnmatchcase(name, p) for p in recipe["train"]))
 
 
 class _Other(ValueError):
