@@ -3,7 +3,7 @@ import numpy as np
 
 from .convert import convert
 from .recipe import load_recipe
-from .train import LanguageModelling, evaluate
+from .objectives import LanguageModelling, evaluate
 
 OUTPUT = {"attention": "self_attn.o_proj", "mamba1": "mamba.out_proj", "mamba2": "mamba.out_proj"}
 
@@ -23,7 +23,7 @@ def ablate(model, data, length=2048, batch=8):
     attention = [i for i, kind in enumerate(kinds) if kind == "attention"]
 
     def loss(layers):
-        return evaluate(LanguageModelling(_without(model, layers), None, recipe), batches)["ce"]
+        return evaluate(LanguageModelling(_without(model, layers), None, recipe), batches.once)["ce"]
     return {"whole": loss([]), "without_mamba": loss(mamba) if mamba else None, "without_attention": loss(attention) if attention else None,
             "layers": [loss([i]) for i in range(len(kinds))]}
 

@@ -127,6 +127,11 @@ class Batches:
         if not self.pieces:
             raise ValueError(f"{name}: no token counts, so there is nothing to learn: rows need an answer, or two tokens")
         self._open(0, 0)
+        self.rows = len(self.packed)
+
+    def __len__(self):
+        """Rows of the first epoch."""
+        return self.rows
 
     def batch(self, step):
         """ids, targets, prev of the step-th batch, counted from 0; each (batch, length) int32."""

@@ -50,6 +50,12 @@ def _ids_and_targets(ids, targets):
     return ids, targets
 
 
+def fits(name, patterns):
+    """Whether a pattern (as in a shell) fits the name and none that begins with "!" does; these alone: all but what they fit."""
+    positive = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    return any(fnmatch.fnmatchcase(name, p) for p in positive) and not any(fnmatch.fnmatchcase(name, p[1:]) for p in patterns if p.startswith("!"))
+
+
 class Model:
     """A decoder whose layers are attention, Mamba-1 or Mamba-2 mixers.
 
@@ -118,13 +124,13 @@ class Model:
     # -- gradients and the optimiser ------------------------------------------------------------------------------------------
 
     def trainable(self, patterns=("*",)):
-        """Which parameters get gradients, by fnmatch patterns over names; returns their names. ValueError if a pattern fits none."""
+        """Which parameters get gradients, by patterns over names (fits); returns their names. ValueError if a pattern fits none."""
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         names = self.names
         for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
+            if not fnmatch.filter(names, pattern.removeprefix("!")):
                 raise ValueError(f"the pattern {pattern!r} fits no parameter name (such as {next(iter(names))!r})")
-        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        chosen = [name for name in names if fits(name, patterns)]
         keep = set(chosen)
         for name in names:
             self.c.set_trainable(name, name in keep)

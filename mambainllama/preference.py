@@ -46,6 +46,9 @@ class Pairs:
         for at in range(0, len(self.pairs), self.size):
             yield self._stack(range(at, min(at + self.size, len(self.pairs))))
 
+    def __len__(self):
+        return len(self.pairs)
+
     def _at(self, i):
         epoch, at = divmod(i, len(self.pairs))
         if epoch != self.epoch:
@@ -113,6 +116,15 @@ class Preference:
     def __init__(self, model, reference, recipe):
         self.model, self.recipe = model, recipe
         self.reference = model if reference == "start" else reference
+
+    def stage(self, recipe):
+        return Preference(self.model, self.reference, recipe)
+
+    def start(self, data, path=None, fresh=True):
+        pass
+
+    def finish(self, data):
+        return {}
 
     def read(self, data, name, **options):
         return Pairs(data, self.model, self.recipe, name, **options)

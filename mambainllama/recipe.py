@@ -1,8 +1,9 @@
 """Recipes: what a training run is told, from a dict or a YAML or JSON file, checked before anything is computed.
 
-A recipe gives `steps` (one stage, no layer is converted) or `stages`, a list of {"mamba_layers", "steps", "mixer", "init"}:
-the layers that are Mamba from the stage's start on (null: as they are), how many optimiser steps it lasts, and how layers
-that are not Mamba yet are converted. Everything else has a default, DEFAULTS. `load_recipe` returns every key, checked."""
+A recipe gives `steps` or `epochs` (one stage, no layer is converted), or `stages`, a list of mappings: `mamba_layers`, the layers that are
+Mamba from the stage's start on (null: as they are; layers that are not Mamba yet are converted then); `steps`, how many optimiser steps
+it lasts, or `epochs`, how often it goes through the data; and what it does otherwise than the recipe at large, of the keys in STAGE.
+Everything else has a default, DEFAULTS. `load_recipe` returns every key, checked."""
 import difflib
 import json
 import math
@@ -16,7 +17,7 @@ DEFAULTS = {
     "batch": 8,               # rows of a micro-batch
     "accumulate": 1,          # micro-batches of an optimiser step
     "lr": 1e-4,               # the largest learning rate of a stage
-    "warmup": 0.05,           # share of a stage's steps over which the rate climbs from 0 to lr
+    "warmup": 0.05,           # share of a stage's steps over which the rate climbs from 0 to lr; above 1: so many steps
     "schedule": "cosine",     # then: "cosine" | "linear" (to 0 at the stage's end) | "constant"
     "betas": [0.9, 0.98],     # AdamW
     "weight_decay": 0.0,      # AdamW, decoupled
@@ -26,11 +27,13 @@ DEFAULTS = {
     "ce": 0.1,                # weight of cross-entropy to the data
     "temperature": 1.0,       # of the KL
     "kl_kind": "forward",     # KL(teacher || student); or "reverse", "jensen-shannon"; or "paper": forward, summed over all positions, mean of rows
+    "align": None,            # distil: learn the teacher's layers instead of its answers: "mixer" | "hidden" (align.py)
+    "on_policy": False,       # align: each layer's input is what the student's own layers before it give, not the teacher's
     "preference": "sigmoid",  # dpo's loss; or "ipo"
     "beta": 0.1,              # dpo: how strongly the reference holds
     "label_smoothing": 0.0,   # dpo: share of pairs that are taken to be the wrong way round; below 0.5
     "prompt_length": None,    # dpo: tokens that a prompt keeps, its last ones; null: half of length
-    "train": ["*"],           # parameters that learn: patterns as in a shell
+    "train": ["*"],           # parameters that learn: patterns as in a shell; "!PATTERN": these do not
     "recompute": False,       # keep only layer inputs and compute activations again in backward
     "seed": 0,                # order of the data, and what starts fresh at a conversion
     "checkpoint_every": 200,  # steps
@@ -40,26 +43,28 @@ DEFAULTS = {
     "init": "attention",      # of converted layers: "attention" | "identity" | "random", as convert_layers says
 }
 
+STAGE = ("lr", "warmup", "schedule", "betas", "weight_decay", "clip", "kl", "ce", "temperature", "kl_kind", "align", "on_policy", "train",
+         "mixer", "init")  # what a stage may set for itself
 MOST = 2**31 - 1  # tokens of a micro-batch
 
 
 def load_recipe(recipe, **defaults):
-    """The checked recipe as a new dict: every key of DEFAULTS, and `stages` (a list of {"mamba_layers", "steps", "mixer",
-    "init"}) in place of `steps`. recipe: a dict, or the path of a YAML or JSON file. defaults replace those of DEFAULTS.
-    Loading what it returned changes nothing. ValueError: unreadable file, unknown key, wrong type or range."""
+    """The checked recipe as a new dict: every key of DEFAULTS, and `stages` in place of `steps` and `epochs`; a stage has "mamba_layers",
+    "steps" and "epochs" (one of them None), "mixer", "init", and what it sets for itself (settings()). recipe: a dict, or the path of a
+    YAML or JSON file. defaults replace those of DEFAULTS. Loading what it returned changes nothing. ValueError: unreadable file, unknown
+    key, wrong type or range."""
     recipe, where = (recipe, "recipe") if isinstance(recipe, dict) else (read_recipe(recipe), str(recipe))
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: a recipe is a mapping of keys to values, not {type(recipe).__name__}")
-    _known(where, recipe, [*DEFAULTS, "steps", "stages"])
-    if ("steps" in recipe) == ("stages" in recipe):
-        raise ValueError(f"{where}: give either steps or stages{', not both' if 'steps' in recipe else ''}")
+    _known(where, recipe, [*DEFAULTS, "steps", "epochs", "stages"])
+    lengths = [key for key in ("steps", "epochs", "stages") if key in recipe]
+    if len(lengths) != 1:
+        raise ValueError(f"{where}: give one of steps, epochs and stages, " + (f"not {' and '.join(lengths)}" if lengths else "and it has none"))
     given = {**DEFAULTS, **defaults, **{key: recipe[key] for key in recipe if key in DEFAULTS}}
     checked = {key: _check(where, key, value) for key, value in given.items()}
     if checked["batch"] * checked["length"] > MOST:
         raise ValueError(f"{where}: batch * length must be at most {MOST} tokens, not {checked['batch']} * {checked['length']}")
-    if checked["kl"] == 0 and checked["ce"] == 0:
-        raise ValueError(f"{where}: kl and ce are both 0, so there is nothing to learn")
-    stages = recipe.get("stages", [{"steps": recipe.get("steps")}])
+    stages = recipe.get("stages", [{key: recipe[key] for key in lengths}])
     if not isinstance(stages, (list, tuple)) or not stages:
         raise ValueError(f"{where}: stages must be a list of at least one stage, not {stages!r}")
     checked["stages"] = [_stage(f"{where}: stages[{i}]" if "stages" in recipe else where, stage, checked)
@@ -105,14 +110,25 @@ def _known(where, given, keys):
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
 
 
+def settings(recipe, stage):
+    """What holds in a stage: its own values over the recipe's."""
+    return {**recipe, **stage}
+
+
 def _stage(where, stage, recipe):
     if not isinstance(stage, dict):
         raise ValueError(f"{where}: a stage is a mapping with mamba_layers and steps, not {stage!r}")
-    _known(where, stage, ["mamba_layers", "steps", "mixer", "init"])
-    if "steps" not in stage:
-        raise ValueError(f"{where}: steps is missing")
-    given = {"mamba_layers": None, "mixer": recipe["mixer"], "init": recipe["init"], **stage}
-    return {key: _check(where, key, value) for key, value in given.items()}
+    _known(where, stage, ["mamba_layers", "steps", "epochs", *STAGE])
+    given = {"mamba_layers": None, "steps": None, "epochs": None, "mixer": recipe["mixer"], "init": recipe["init"], **stage}
+    if (given["steps"] is None) == (given["epochs"] is None):
+        raise ValueError(f"{where}: " + ("steps is missing" if given["steps"] is None else "give either steps or epochs, not both"))
+    checked = {key: None if key in ("steps", "epochs") and value is None else _check(where, key, value) for key, value in given.items()}
+    now = settings(recipe, checked)
+    if not now["align"] and now["kl"] == 0 and now["ce"] == 0:
+        raise ValueError(f"{where}: kl and ce are both 0, so there is nothing to learn")
+    if now["on_policy"] and not now["align"]:
+        raise ValueError(f"{where}: on_policy belongs to align, which is not asked for")
+    return checked
 
 
 def _check(where, key, value):
@@ -174,6 +190,12 @@ def _betas(value):
     return [_number(0, 1, open_high=True)[0](beta) for beta in value]
 
 
+def _warmup(value):
+    value = _number(0)[0](value)
+    _need(value <= 1 or value == int(value))
+    return value
+
+
 def _flag(value):
     _need(isinstance(value, bool))
     return value
@@ -185,7 +207,7 @@ def _data(value):
 
 
 RULES = {  # key: (what converts a value or raises, what it must be)
-    "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": _number(0, 1),
+    "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": (_warmup, "a share of the steps from 0 to 1, or a whole number of steps"),
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
     "weight_decay": _number(0), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "jensen-shannon", "paper"),
@@ -193,6 +215,7 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "prompt_length": _optional(_integer(1)),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path or a list of rows"),
-    "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1),
+    "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
+    "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
 }

@@ -16,7 +16,6 @@ import time
 import warnings
 import zipfile
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,11 @@ from tqdm import tqdm
 from . import checkpoint
 from .config import said
 from .convert import convert_layers
-from .data import Batches, read, rows
-from .model import MOMENTS
+from .data import rows
+from .model import MOMENTS, fits
+from .objectives import LanguageModelling, evaluate, plus, share_of
 from .preference import Preference
-from .recipe import DEFAULTS, load_recipe
+from .recipe import DEFAULTS, load_recipe, settings
 from .weights import replacing, writing
 
 
@@ -54,8 +54,10 @@ def distill(student, teacher, data, recipe, out=None, progress=None):
 def train(model, data, recipe, out=None, progress=None):
     """Trains model (in place) on the data alone; → the report. As distill, but ce is 1 and kl 0 by default, and kl must be 0."""
     recipe = load_recipe(recipe, kl=0.0, ce=1.0)
-    if recipe["kl"]:
-        raise ValueError(f"recipe: kl is {recipe['kl']:g} and there is no teacher; leave it out, or distill")
+    for stage in (settings(recipe, stage) for stage in recipe["stages"]):
+        if stage["kl"] or stage["align"]:
+            key = "kl" if stage["kl"] else "align"
+            raise ValueError(f"recipe: {key} is {stage[key]} and there is no teacher; leave it out, or distill")
     return run(model, LanguageModelling(model, None, recipe), data, recipe, out, progress)
 
 
@@ -75,8 +77,8 @@ def dpo(model, data, recipe, reference="start", out=None, progress=None):
     recipe: as for train, without kl and ce; and beta, label_smoothing, preference, prompt_length; batch counts pairs. Metrics: margin,
     accuracy, chosen and rejected (log-probabilities), kl. Everything else as distill."""
     recipe = load_recipe(recipe, kl=0.0, ce=1.0)
-    if recipe["kl"] or recipe["ce"] != 1:
-        raise ValueError("recipe: kl and ce are weights of other losses; dpo has beta")
+    if any(stage["kl"] or stage["ce"] != 1 or stage["align"] for stage in (settings(recipe, stage) for stage in recipe["stages"])):
+        raise ValueError("recipe: kl, ce and align are of other objectives; dpo has beta")
     if isinstance(reference, str) and reference != "start":
         raise ValueError(f"reference is {reference!r}, expected 'start' or a model")
     if reference != "start" and reference.config["vocab_size"] != model.config["vocab_size"]:
@@ -84,67 +86,42 @@ def dpo(model, data, recipe, reference="start", out=None, progress=None):
     return run(model, Preference(model, reference, recipe), data, recipe, out, progress)
 
 
-METRICS = ("loss", "ce", "kl", "margin", "accuracy", "chosen", "rejected")
-
-
-class LanguageModelling:
-    """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev).
-
-    An objective has these four methods, and `reference`, the model that it measures by (or None); its metrics are what `counts` names."""
-
-    def __init__(self, model, teacher, recipe):
-        self.model, self.reference, self.recipe = model, teacher, recipe
-
-    def read(self, data, name, **options):
-        """data's rows as batches."""
-        documents = read(data, self.model.tokenizer, self.model.config["vocab_size"], name)
-        return Batches(documents, self.recipe["length"], self.recipe["batch"], self.recipe["seed"], name=name, **options)
-
-    def prepare(self, batches, path=None, reference=None):
-        """Before the first step, the model being as it came; path: a file to keep what it takes, or None; reference: the reference's
-        fingerprint, if there is a path."""
-
-    def counts(self, batch):
-        """{metric: over how much it is a mean}: the positions that count, or for kl_kind "paper" the rows."""
-        tokens = int(np.count_nonzero(batch[1] >= 0))
-        return {"ce": tokens, "kl": len(batch[1]) if self.recipe["kl_kind"] == "paper" else tokens}
-
-    def loss(self, batch, share, backward=False):
-        """{"loss", metric…}: the metrics' means, and the loss that weighs each by share[metric]; backward: adds its gradient."""
-        r = self.recipe
-        return self.model.loss(batch[0], batch[1], teacher=self.reference if r["kl"] else None, ce=r["ce"] * share["ce"],
-                               kl=r["kl"] * share["kl"], temperature=r["temperature"], kind=r["kl_kind"], prev=batch[2],
-                               backward=backward, recompute=backward and r["recompute"])
+METRICS = ("loss", "ce", "kl", "error", "margin", "accuracy", "chosen", "rejected")
 
 
 def run(model, goal, data, recipe, out=None, progress=None):
     """The loop behind distill, train and dpo. goal: the objective; recipe as load_recipe returns it."""
-    stages, began = recipe["stages"], time.perf_counter()
+    stages, began = [settings(recipe, stage) for stage in recipe["stages"]], time.perf_counter()
     _check_layers(model, stages)
     data = goal.read(data, "data")
     held_out = goal.read(recipe["eval_data"], "eval_data", shuffle=False) if recipe["eval_data"] is not None else None
+    lengths = [stage["steps"] or math.ceil(stage["epochs"] * len(data) / (recipe["batch"] * recipe["accumulate"])) for stage in stages]
     folder = status = reference = None
     if out is not None:
         reference = goal.reference and goal.reference.fingerprint()
         folder = Folder(out, {**recipe, "objective": type(goal).__name__, "data": data.fingerprint,
-                              "eval_data": held_out and held_out.fingerprint, "teacher": reference, "student": _kept(model, recipe)})
+                              "eval_data": held_out and held_out.fingerprint, "teacher": reference, "student": _kept(model, stages)}, stages)
     for batches, name in ((data, "reference.npz"), (held_out, "reference_eval.npz")):
         if batches:
             goal.prepare(batches, folder and folder.path / name, reference)
     if folder:
-        status = folder.restore(model, recipe)
+        status = folder.restore(model)
     status = status or {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": []}
-    earlier, total, end = status["seconds"], sum(stage["steps"] for stage in stages), 0
+    earlier, total, end = status["seconds"], sum(lengths), 0
     with _interruptible() as interrupted, tqdm(total=total, initial=status["step"], unit="step", dynamic_ncols=True,
                                                disable=None if progress is None else not progress) as bar:
-        for index, stage in enumerate(stages):
-            begin, end = end, end + stage["steps"]
+        for index, (stage, steps) in enumerate(zip(stages, lengths)):
+            begin, end = end, end + steps
+            if status["step"] >= end:
+                continue
             if status["step"] == begin:
-                _start(model, stage, recipe)
+                _start(model, stage)
+            objective = goal.stage(stage)
+            objective.start(data, folder and folder.path / f"stage{index}.npz", fresh=status["step"] == begin)
             while status["step"] < end:
                 step, tick = status["step"], time.perf_counter()
-                lr = rate(recipe, step - begin, stage["steps"])
-                sums = _step(model, goal, data, recipe, step, step - begin + 1, lr, interrupted)
+                lr = rate(stage, step - begin, steps)
+                sums = _step(model, objective, data, stage, step, step - begin + 1, lr, interrupted)
                 if sums is None:
                     if folder and status["last"]:
                         folder.save(model, status)
@@ -153,8 +130,10 @@ def run(model, goal, data, recipe, out=None, progress=None):
                 status["step"], status["tokens"] = step + 1, status["tokens"] + tokens
                 record = {"step": step + 1, "stage": index, **sums, "lr": lr, "tokens": status["tokens"],
                           "tokens_per_second": tokens / (time.perf_counter() - tick)}
+                if step + 1 == end:
+                    record |= objective.finish(held_out or data)
                 if held_out and ((step + 1) % recipe["eval_every"] == 0 or step + 1 == end):
-                    record |= {f"eval_{key}": value for key, value in evaluate(goal, held_out).items()}
+                    record |= {f"eval_{key}": value for key, value in evaluate(objective, held_out.once).items()}
                 record["seconds"] = status["seconds"] = earlier + time.perf_counter() - began
                 status["last"] = record
                 if step + 1 == end:
@@ -173,33 +152,11 @@ def run(model, goal, data, recipe, out=None, progress=None):
 
 def rate(recipe, step, steps):
     """Learning rate of step 0 … steps-1 of a stage: it climbs to lr over the first `warmup` of the steps, then follows `schedule`."""
-    warm = round(recipe["warmup"] * steps)
+    warm = recipe["warmup"] if recipe["warmup"] > 1 else round(recipe["warmup"] * steps)
     if step < warm:
         return recipe["lr"] * (step + 1) / warm
     gone = (step - warm) / (steps - warm)
     return recipe["lr"] * {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}[recipe["schedule"]]
-
-
-def evaluate(objective, batches):
-    """{"loss", metric…} over all that batches.once() yields, as if it were one batch."""
-    total = {}
-    for batch in batches.once():
-        total = _plus(total, objective.counts(batch))
-    sums = {}
-    for batch in batches.once():
-        sums = _plus(sums, _loss(objective, batch, total))
-    return sums
-
-
-def _loss(objective, batch, total, backward=False):
-    """What the batch adds to loss and metrics of a larger batch whose counts are total."""
-    share = {metric: count / total[metric] for metric, count in objective.counts(batch).items()}
-    values = objective.loss(batch, share, backward)
-    return {"loss": values["loss"], **{metric: share[metric] * values[metric] for metric in share}}
-
-
-def _plus(a, b):
-    return {key: a.get(key, 0) + b[key] for key in b}
 
 
 def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
@@ -207,10 +164,10 @@ def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
     micro = [data.batch(step * recipe["accumulate"] + a) for a in range(recipe["accumulate"])]
     total, sums = {}, {}
     for batch in micro:
-        total = _plus(total, objective.counts(batch))
+        total = plus(total, objective.counts(batch))
     model.zero_grad()
     for batch in micro:
-        sums = _plus(sums, _loss(objective, batch, total, backward=True))
+        sums = plus(sums, share_of(objective, batch, total, backward=True))
         if interrupted():
             return None
     norm = model.grad_norm()
@@ -231,7 +188,7 @@ def _check_layers(model, stages):
                 raise ValueError(f"recipe: stages[{i}]: mamba_layers has layer {layer}, and the model has layers 0 to {count - 1}")
 
 
-def _start(model, stage, recipe):
+def _start(model, stage):
     """The start of a stage: conversions, what learns, a fresh optimiser."""
     if stage["mamba_layers"] is not None:
         mamba = [i for i, kind in enumerate(model.layer_kinds) if kind != "attention"]
@@ -241,10 +198,10 @@ def _start(model, stage, recipe):
         fresh = [i for i in stage["mamba_layers"] if i not in mamba]
         mixer = stage["mixer"] or (model.layer_kinds[mamba[0]] if mamba else "mamba2")
         if fresh:
-            convert_layers(model, fresh, mixer, stage["init"], recipe["seed"])
-    model.trainable(recipe["train"])
+            convert_layers(model, fresh, mixer, stage["init"], stage["seed"])
+    model.trainable(stage["train"])
     for name, (m, _, master) in model.moments().items():
-        zero = np.zeros(m.shape, MOMENTS[recipe["moments"]])
+        zero = np.zeros(m.shape, MOMENTS[stage["moments"]])
         model.set_moments(name, zero, zero, master)
 
 
@@ -258,12 +215,15 @@ def _report(status, recipe, folder):
             "history": str(folder.metrics) if folder else None, "model": str(folder.model) if folder else None}
 
 
-def _kept(model, recipe):
-    """Fingerprint of the weights that the recipe's run leaves as they are."""
-    converted = {i for stage in recipe["stages"] for i in stage["mamba_layers"] or []}
+def _kept(model, stages):
+    """Fingerprint of the weights that the run leaves as they are."""
+    converted = {i for stage in stages for i in stage["mamba_layers"] or []}
     mixers = tuple(f"model.layers.{i}.{part}." for i in converted for part in ("self_attn", "mamba"))
-    return model.fingerprint(name for name in model.names
-                             if not name.startswith(mixers) and not any(fnmatchcase(name, p) for p in recipe["train"]))
+    return model.fingerprint(name for name in model.names if not name.startswith(mixers) and not _trained(name, stages))
+
+
+def _trained(name, stages):
+    return any(fits(name, stage["train"]) for stage in stages)
 
 
 class _Other(ValueError):
@@ -274,17 +234,17 @@ class Folder:
     """A run's folder. identity: what the run's numbers depend on, by name; a run goes on only with the same.
 
     checkpoint.npz is replaced whole or not at all. It holds run.json (identity, status, layer kinds, module, threads, the arrays' names)
-    and, as arrays, weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that have moments or are Mamba's, and m/, v/
+    and, as arrays, weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that a stage trains or are Mamba's, and m/, v/
     (as stored), master/NAME. A run with other moments than the checkpoint's is another run, and refused."""
 
-    def __init__(self, path, identity):
-        self.path, self.identity = Path(path), json.loads(json.dumps(identity))
+    def __init__(self, path, identity, stages):
+        self.path, self.identity, self.stages = Path(path), json.loads(json.dumps(identity)), stages
         self.metrics, self.checkpoint = self.path / "metrics.jsonl", self.path / "checkpoint.npz"
         self.model, self.report = self.path / "model", self.path / "report.json"
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def restore(self, model, recipe):
+    def restore(self, model):
         """Gives model the checkpoint's layers, weights and moments and cuts metrics.jsonl to its step; → its status, None without one."""
         status = None
         if self.checkpoint.exists():
@@ -294,7 +254,7 @@ class Folder:
                 with np.load(self.checkpoint) as file:
                     run = json.loads(file["run.json"])
                     self._same(run, model)
-                    _restore(model, run, recipe, file)
+                    _restore(model, run, self.stages, file)
                     status = run["status"]
             except (_Other, Warning):
                 raise
@@ -321,7 +281,7 @@ class Folder:
     def save(self, model, status):
         """Writes the checkpoint. OSError: it could not be written; the one before is intact."""
         moments = model.moments()
-        kept = [name for name in model.names if name in moments or ".mamba." in name]
+        kept = [name for name in model.names if ".mamba." in name or _trained(name, self.stages)]
         optimiser = {f"{part}/{name}": array for name, arrays in moments.items() for part, array in zip(("m", "v", "master"), arrays)
                      if array is not None}
         run = {"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "machine": _machine(model),
@@ -362,7 +322,7 @@ def _put(archive, key, array):
         np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
 
-def _restore(model, run, recipe, file):
+def _restore(model, run, stages, file):
     """The checkpoint's layer kinds, weights and moments."""
     odd = sorted({*file.files} ^ {"run.json", *run["arrays"]})
     if odd:
@@ -373,8 +333,8 @@ def _restore(model, run, recipe, file):
     for kind in set(kinds) - {"attention"}:
         fresh = [i for i, (a, b) in enumerate(zip(have, kinds)) if a != b == kind]
         if fresh:
-            convert_layers(model, fresh, kind, "random", recipe["seed"])
-    model.trainable(recipe["train"])
+            convert_layers(model, fresh, kind, "random")
+    model.trainable(stages[run["status"]["last"]["stage"]]["train"])
     for key in file.files:
         part, _, name = key.partition("/")
         if part == "weight":

@@ -137,7 +137,7 @@ def test_other_sentences(tmp_path):
 def test_recipe_files_and_defaults(tmp_path):
     recipe = load_recipe({"steps": 10})
     assert {key: recipe[key] for key in DEFAULTS} == DEFAULTS
-    assert recipe["stages"] == [{"mamba_layers": None, "steps": 10, "mixer": None, "init": "attention"}]
+    assert recipe["stages"] == [{"mamba_layers": None, "steps": 10, "epochs": None, "mixer": None, "init": "attention"}]
     assert load_recipe(recipe) == recipe and load_recipe({"steps": 10, "ce": 0.5}, kl=0.0, ce=1.0)["ce"] == 0.5
     (tmp_path / "r.yaml").write_text("stages:\n- {mamba_layers: [2, 0], steps: 5, mixer: mamba1}\n- {steps: 7}\nlr: 1e-4\ntrain: '*mamba*'\n")
     (tmp_path / "r.json").write_text(json.dumps({"stages": [{"mamba_layers": [0, 2], "steps": 5, "mixer": "mamba1"}, {"steps": 7}],
@@ -149,21 +149,23 @@ def test_recipe_files_and_defaults(tmp_path):
 
 @pytest.mark.parametrize("recipe, says", [
     ({"steps": 5, "learning_rate": 1}, "unknown key 'learning_rate'"), ({"steps": 5, "betass": [0, 0]}, "did you mean 'betas'"),
-    ({"step": 5}, "did you mean 'steps'"), ({"steps": 5, "warm_up": 0}, "'warmup'"), ({}, "steps or stages"),
+    ({"step": 5}, "did you mean 'steps'"), ({"steps": 5, "warm_up": 0}, "'warmup'"), ({}, "one of steps, epochs and stages"),
     ({"stages": [{"steps": 1, "mamba_layer": [1]}]}, "stages\\[0\\]: unknown key 'mamba_layer'; did you mean 'mamba_layers'"),
-    ({"steps": 5, "stages": []}, "not both"), ({"stages": []}, "at least one"), ({"stages": [5]}, "stages\\[0\\]"),
+    ({"steps": 5, "stages": []}, "not steps and stages"), ({"stages": []}, "at least one"), ({"stages": [5]}, "stages\\[0\\]"),
     ({"stages": [{"mamba_layers": [0]}]}, "steps is missing"), ({"steps": 0}, "steps must be an integer from 1 up, not 0"),
     ({"steps": 5, "batch": 10**12}, "batch must be an integer from 1 to 1048576"), ({"steps": 5, "accumulate": 10**12}, "accumulate"),
     ({"steps": 5, "length": 10**12, "batch": 1}, "batch \\* length must be at most 2147483647 tokens, not 1 \\* 1000000000000"),
     ({"steps": True}, "not True"), ({"steps": 2.0}, "not 2.0"), ({"steps": 5, "lr": -1}, "lr must be a number from 0 up"),
     ({"steps": 5, "lr": float("nan")}, "not nan"), ({"steps": 5, "lr": "fast"}, "'fast'"), ({"steps": 5, "betas": [0.9, 1]}, "below 1"),
-    ({"steps": 5, "betas": 0.9}, "two numbers"), ({"steps": 5, "warmup": 1.1}, "from 0 up to 1"), ({"steps": 5, "clip": 0}, "null or"),
+    ({"steps": 5, "betas": 0.9}, "two numbers"), ({"steps": 5, "warmup": 1.1}, "a share of the steps from 0 to 1, or a whole number"), ({"steps": 5, "clip": 0}, "null or"),
     ({"steps": 5, "schedule": "cos"}, "'cosine' or 'linear'"), ({"steps": 5, "kl": 0, "ce": 0}, "nothing to learn"),
     ({"steps": 5, "temperature": 0}, "above 0"), ({"steps": 5, "train": []}, "patterns"), ({"steps": 5, "recompute": 1}, "true or false"),
     ({"steps": 5, "seed": -1}, "seed"), ({"steps": 5, "mixer": "mamba"}, "null or 'mamba1' or 'mamba2'"), ({"steps": 5, "eval_data": 3}, "path"),
     ({"stages": [{"mamba_layers": [0, 0], "steps": 1}]}, "different layer numbers"),
     ({"stages": [{"mamba_layers": [0, 2], "steps": 1}, {"mamba_layers": [2], "steps": 1}]}, "stages\\[1\\]: mamba_layers lacks layers \\[0\\]"),
     ({"stages": [{"mamba_layers": [1], "steps": 1}, {"mamba_layers": [], "steps": 1}]}, "lacks"),
+    ({"stages": [{"steps": 5, "epochs": 1}]}, "not both"), ({"epochs": 0}, "above 0"), ({"steps": 5, "on_policy": True}, "belongs to align"),
+    ({"stages": [{"steps": 5, "kl": 0, "ce": 0}]}, "nothing to learn"), ({"stages": [{"steps": 5, "length": 9}]}, "unknown key 'length'"),
     (7, "dict or a path"), ("/nowhere.yaml", "No such file"),
 ])
 def test_a_bad_recipe_is_one_sentence(recipe, says):

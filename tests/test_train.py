@@ -146,7 +146,7 @@ def test_evaluation_is_one_mean():
     for kind in ("forward", "reverse", "paper"):
         recipe = load_recipe({"steps": 1, "ce": 0.3, "kl": 0.7, "kl_kind": kind})
         goal = loop.LanguageModelling(student, teacher, recipe)
-        parts, one = (loop.evaluate(goal, Batches(read(rows(2)), 20, b, shuffle=False)) for b in (3, 99))
+        parts, one = (loop.evaluate(goal, Batches(read(rows(2)), 20, b, shuffle=False).once) for b in (3, 99))
         assert one == pytest.approx(parts, rel=1e-5) and one["loss"] == pytest.approx(0.3 * one["ce"] + 0.7 * one["kl"])
 
 
