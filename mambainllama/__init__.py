@@ -7,8 +7,9 @@ from .convert import convert
 from .generate import generate
 from .model import Model, State, random
 from .parity import parity
+from .pipeline import run
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "random", "save", "sft",
-           "train"]
+__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "random", "run", "save",
+           "sft", "train"]
 __version__ = "0.1.0"

@@ -115,6 +115,15 @@ def _parser():
     _training(p)
     device_and_dtype(p)
 
+    p = command("run", _run, "Run a whole recipe: pseudo-labels, conversion, distillation, SFT, DPO; started again, it goes on.", """\
+  mambainllama run recipe.yaml --out run
+  mambainllama run paper-llama3-8b-mamba2-half --dry-run
+  mambainllama run paper-llama3-8b-mamba2-half --set teacher=Llama-3-8B --set distill.data=chats.jsonl --set sft.data=chats.jsonl --out run""")
+    p.add_argument("recipe", help="YAML or JSON, or the name of one of the package's own (a wrong name lists them)")
+    p.add_argument("--out", type=_folder, help="folder for the parts and the report (default: the recipe's)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe, or PART.KEY=VALUE; repeatable")
+    p.add_argument("--dry-run", action="store_true", help="only say what would be done: stages, layers, tokens, bytes, expected time")
+
     p = command("generate", _generate, "Continue prompts.", """\
   mambainllama generate hybrid "The capital of France is"
   mambainllama generate hybrid --chat "Why is the sky blue?" --max-new-tokens 256 --draft small-hybrid
@@ -225,13 +234,18 @@ def _recipe(args):
     recipe = read_recipe(args.recipe) if args.recipe else {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{args.recipe}: a recipe is a mapping of keys to values")
-    for item in args.set:
+    recipe |= dict(_assigned(args.set))
+    load_recipe(recipe)
+    return recipe
+
+
+def _assigned(items):
+    """(key, value) of each KEY=VALUE."""
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set {item}: expected KEY=VALUE")
-        recipe[key] = _value(value)
-    load_recipe(recipe)
-    return recipe
+        yield key, _value(value)
 
 
 def _value(text):
@@ -273,6 +287,26 @@ def _dpo(args):
     recipe, model = _recipe(args), _load(args.model, args)
     reference = _load(args.reference, args) if args.reference else "start"
     _report(mil.dpo(model, args.data, recipe, reference, out=args.out), model)
+
+
+def _run(args):
+    from .pipeline import read_plan, run
+    recipe = read_plan(args.recipe)
+    for key, value in _assigned(args.set):
+        part, dot, name = key.partition(".")
+        if not dot:
+            recipe[key] = value
+            continue
+        found = [settings for parts in recipe.get("run", []) for settings in [parts.get(part)] if settings is not None]
+        if not found:
+            raise ValueError(f"--set {key}: the recipe has no part {part!r}")
+        for settings in found:
+            settings[name] = value
+    result = run(recipe, args.out, args.dry_run)
+    if args.dry_run:
+        print(result)
+    else:
+        _note(f"{result['model']}: the model; {result['html']}: the report")
 
 
 def _report(report, model):

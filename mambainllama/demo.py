@@ -1,7 +1,5 @@
 """`mambainllama demo`: a small teacher, hybrids made and distilled from it, what each can do, and a page that shows it."""
-import base64
 import html
-import io
 import json
 import tempfile
 import time
@@ -17,6 +15,7 @@ from .generate import generate
 from .info import memory
 from .model import random
 from .tokenizer import Tokenizer
+from .report import axes, image, page, table
 from .train import distill, train
 from .weights import writing
 
@@ -148,43 +147,29 @@ def _verdicts(results):
 
 
 def _page(out, summary, models):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     results = summary["results"]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, ((curves, answers, memories),) = axes(3)
     for title in models:
         path = out / _slug(title) / "metrics.jsonl"
         if title != "teacher" and path.exists():
             kl = [json.loads(line)["kl"] for line in path.read_text().splitlines()]
             smooth = np.convolve(kl, np.ones(20) / 20, "valid") if len(kl) > 40 else kl
-            axes[0].plot(smooth, label=title)
-    axes[0].set(title="KL to the teacher while distilling", xlabel="step of its stage", yscale="log")
-    axes[0].legend(fontsize=7)
+            curves.plot(smooth, label=title)
+    curves.set(title="KL to the teacher while distilling", xlabel="step of its stage", yscale="log")
+    curves.legend(fontsize=7)
     names, wide = list(tasks.TASKS), 0.8 / len(results)
     for i, row in enumerate(results):
-        axes[1].bar(np.arange(len(names)) + i * wide, [row["exact"][task] for task in names], wide, label=row["model"])
-    axes[1].set(title="answers exactly right, held-out questions", ylim=(0, 1.4), yticks=np.arange(6) / 5)
-    axes[1].set_xticks(np.arange(len(names)) + 0.4 - wide / 2, names)
-    axes[1].legend(fontsize=7, ncols=2, loc="upper center")
+        answers.bar(np.arange(len(names)) + i * wide, [row["exact"][task] for task in names], wide, label=row["model"])
+    answers.set(title="answers exactly right, held-out questions", ylim=(0, 1.4), yticks=np.arange(6) / 5)
+    answers.set_xticks(np.arange(len(names)) + 0.4 - wide / 2, names)
+    answers.legend(fontsize=7, ncols=2, loc="upper center")
     lengths = np.array([128, 512, 2048, 8192, 32768])
     for row in {row["model"].split(",")[0]: row for row in results}.values():
-        axes[2].plot(lengths, (row["kv_bytes"] / CONTEXT * lengths + row["state_bytes"]) / 1024, marker="o", label=row["model"].split(",")[0])
-    axes[2].set(title="memory of one sequence", xlabel="tokens", ylabel="KiB", xscale="log", yscale="log")
-    axes[2].legend(fontsize=7)
-    image = io.BytesIO()
-    figure.savefig(image, format="svg")
-    plt.close(figure)
-    picture = base64.b64encode(image.getvalue()).decode()
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in results)
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
+        memories.plot(lengths, (row["kv_bytes"] / CONTEXT * lengths + row["state_bytes"]) / 1024, marker="o", label=row["model"].split(",")[0])
+    memories.set(title="memory of one sequence", xlabel="tokens", ylabel="KiB", xscale="log", yscale="log")
+    memories.legend(fontsize=7)
     verdicts = "".join(f"<li>{html.escape(text)}</li>" for text in [*_verdicts(results), summary["speculation"]["sentence"]])
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mambainllama demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}table{{border-collapse:collapse}}
-td,th{{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}}td:first-child,th:first-child{{text-align:left}}img{{width:100%}}</style>
-<h1>From a Llama to a Mamba hybrid</h1>
+    return page("From a Llama to a Mamba hybrid", f"""
 <p>A small Llama, the teacher, was trained for {summary['teacher_steps']} steps on chats of four tasks with checkable answers (seed {summary['seed']}).
 In a copy of it half of the attention layers were replaced by Mamba-2 mixers, which started from the attention's own projections (v → x, k → B,
 q → C, o → out; “attention”), from these with convolutions that pass their input on, so that k and q still match (“identity”), or at random,
@@ -192,8 +177,8 @@ with random convolutions as in the first. The copy was distilled from the teache
 quarter of the attention was made in the same way, and from that the one without, so these have learned two and three times as long. All starts
 had the same data, steps and learning rate, and all parameters learned. Each was run once: another seed may order them otherwise.</p>
 <p>{HELD_OUT} chats drawn with another seed are what is measured: their facts and strings were drawn anew, but of the 144 sums nearly all were
-seen in training. An answer counts when every token of it is right. loss is the cross-entropy of the answers, KL that from the teacher.</p>
-<table><tr>{head}</tr>{rows}</table><ul>{verdicts}</ul><img src="data:image/svg+xml;base64,{picture}" alt="curves">
+seen in training. An answer counts when every token of it is right. loss is the cross-entropy of the answers, KL that from the teacher.</p>""",
+                table(HEAD, [_cells(row) for row in results]), f"<ul>{verdicts}</ul>", image(figure), f"""
 <p>KV grows with every token, the state does not: that is what the conversion buys. Speed at this size is ruled by the cost of a call. One stage of
 distillation sees {summary['steps'] / summary['teacher_steps']:.0%} as many tokens as the teacher's whole training, far more than when a large model is
-converted, so that a random start has the time to learn anew what a copied one is given.</p></html>"""
+converted, so that a random start has the time to learn anew what a copied one is given.</p>""")

@@ -2,8 +2,9 @@
 import os
 from math import prod
 
-from .checkpoint import open_weights, training_names
+from .checkpoint import open_weights, shapes, training_names
 from .config import architecture, read_folder
+from .model import fits
 from .tokenizer import Tokenizer, stop_tokens
 
 
@@ -52,3 +53,27 @@ def memory(arch, real=4):
         "kv_bytes_per_token": 2 * E * real * arch["kinds"].count("attention"), "window": max(arch["window"]) or None,
         "state_bytes_per_sequence": sum(state[kind] for kind in arch["kinds"]),
     }
+
+
+def training_memory(arch, teacher, train, batch, length, real, moments="float32", recompute=False, shared=True):
+    """About how many bytes a training step takes: {"weights", "gradients", "optimiser", "activations", "total"}.
+
+    arch, teacher: architectures of what learns and of what it is compared with (None: nothing); shared: of the teacher's tensors the student
+    has a copy of its own only where it learns; train: patterns of what learns; real: bytes of an activation and of a matrix' element.
+    bf16 weights that learn have a float32 master in the optimiser. Activations are those that layers keep for their backward, with recompute
+    their inputs and those of one layer. The chunks of the loss and the libraries' workspaces are left out: at Llama-3-8B's shape,
+    where 29 to 57 GiB were measured on an H200, what is counted is 1.3 to 1.6 GiB less."""
+    own, other = shapes(arch), shapes(teacher) if teacher else {}
+    learns = [name for name in own if fits(name, train)]
+    trained = sum(prod(own[name]) for name in learns)
+    borrowed = {*other} - {*learns} if shared else ()
+    weights = real * (sum(prod(shape) for name, shape in own.items() if name not in borrowed) + sum(map(prod, other.values())))
+    C, F, D, P = arch["width"], arch["mlp"], arch["inner"], arch["head_dim"]
+    E, H, R = arch["kv_heads"] * P, arch["heads"], -(-C // 16)
+    kept = {"attention": 2 * D + 2 * E, "window": 2 * D + 2 * E, "identity": 0, "mamba1": 5 * D + 2 * E + R, "mamba2": 5 * D + 4 * E + H}
+    layers = [2 * C + 2 * F + kept[kind] for kind in arch["kinds"]]
+    backward = max(layers) + 2 * C + 2 * F  # of the layer at work
+    activations = real * batch * length * (sum(layers) + backward if not recompute else len(layers) * C + max(layers) + backward)
+    parts = {"weights": weights, "gradients": 4 * trained,
+             "optimiser": trained * ((8 if moments == "float32" else 4) + (4 if real == 2 else 0)), "activations": activations}
+    return {**parts, "total": sum(parts.values())}

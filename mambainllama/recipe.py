@@ -56,7 +56,7 @@ def load_recipe(recipe, **defaults):
     recipe, where = (recipe, "recipe") if isinstance(recipe, dict) else (read_recipe(recipe), str(recipe))
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: a recipe is a mapping of keys to values, not {type(recipe).__name__}")
-    _known(where, recipe, [*DEFAULTS, "steps", "epochs", "stages"])
+    known(where, recipe, [*DEFAULTS, "steps", "epochs", "stages"])
     lengths = [key for key in ("steps", "epochs", "stages") if key in recipe]
     if len(lengths) != 1:
         raise ValueError(f"{where}: give one of steps, epochs and stages, " + (f"not {' and '.join(lengths)}" if lengths else "and it has none"))
@@ -102,7 +102,8 @@ def read_recipe(path):
         raise ValueError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
 
 
-def _known(where, given, keys):
+def known(where, given, keys):
+    """ValueError for a key of `given` that is none of `keys`, with the nearest that is."""
     for key in given:
         if key not in keys:
             near = difflib.get_close_matches(str(key).lower(), keys, 1, 0.5)
@@ -118,7 +119,7 @@ def settings(recipe, stage):
 def _stage(where, stage, recipe):
     if not isinstance(stage, dict):
         raise ValueError(f"{where}: a stage is a mapping with mamba_layers and steps, not {stage!r}")
-    _known(where, stage, ["mamba_layers", "steps", "epochs", *STAGE])
+    known(where, stage, ["mamba_layers", "steps", "epochs", *STAGE])
     given = {"mamba_layers": None, "steps": None, "epochs": None, "mixer": recipe["mixer"], "init": recipe["init"], **stage}
     if (given["steps"] is None) == (given["epochs"] is None):
         raise ValueError(f"{where}: " + ("steps is missing" if given["steps"] is None else "give either steps or epochs, not both"))

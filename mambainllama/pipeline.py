@@ -1,0 +1,334 @@
+"""A whole recipe in one file: pseudo-labels, conversion, alignment, distillation, SFT, DPO, one part after the other.
+
+  teacher: Llama-3.2-1B-Instruct       # a folder
+  start: …                             # a folder: what is converted (default: the teacher)
+  device: cuda                         # "cpu"; dtype: as mil.load
+  out: run                             # folder; a part has one in it, NUMBER-NAME
+  config: {…}                          # config.json's values of `start`, and parameters of the teacher, for a dry run without the folders
+  run:                                 # the parts, each a mapping of one name
+    - convert: {attention: 0.5}        # or mamba_layers; mixer, init, seed: as mil.convert. Stages of a training part convert too
+    - answer: {data: prompts.jsonl, max_new_tokens: 512}     # the teacher's answers (mil.answer): data of the parts after it that name none
+    - distill: {data: chats.jsonl, stages: […], …}           # as mil.distill: a recipe, and its data
+    - sft: {data: chats.jsonl, epochs: 1, …}                 # as mil.sft; train: as mil.train
+    - dpo: {data: pairs.jsonl, reference: teacher, …}        # as mil.dpo; reference: start | teacher
+
+A part that is finished is skipped, one that was killed goes on. At the end out/report.html shows the curves, a table of the stages,
+and answers beside the teacher's."""
+import html
+import json
+import os
+from math import prod
+from pathlib import Path
+
+from .answers import answer
+from .checkpoint import load, save, shapes
+from .config import architecture, mamba_config, read_folder
+from .convert import convert
+from .data import rows
+from .generate import generate
+from .info import training_memory
+from .model import fits
+from .recipe import DEFAULTS, known, load_recipe, read_recipe, settings
+from .report import axes, image, page, table
+from .train import distill, dpo, sft, train
+from .weights import replacing, writing
+
+RECIPES = Path(__file__).parent / "recipes"
+TOP = ("teacher", "start", "device", "dtype", "out", "config", "run")
+TRAINING = {"distill": {}, "train": {"kl": 0.0, "ce": 1.0}, "sft": {"kl": 0.0, "ce": 1.0}, "dpo": {"kl": 0.0, "ce": 1.0}}  # their defaults
+OTHER = {"convert": ("attention", "mamba_layers", "mixer", "init", "seed"),
+         "answer": ("data", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "batch")}
+SPEED = 600e12   # FLOP/s that distillation at Llama-3-8B's shape reaches on an H200 (benchmarks/train.py)
+SAMPLES, SAMPLE_TOKENS = 4, 96
+
+
+def run(recipe, out=None, dry_run=False, progress=None):
+    """Runs all parts of a recipe, skipping what is finished; → {"parts": [report of each training part, or None], "model": folder of the
+    last one's model, "html": path of the page}.
+
+    recipe: a dict, the path of a YAML or JSON file, or the name of one of the package's own (recipes/). out: instead of the recipe's.
+    dry_run: nothing is computed or written; → the text that describes the run: stages, layers, tokens, bytes, expected time.
+    ValueError: the recipe is wrong, or out holds another run's part. Ctrl-C and OSError as in mil.distill."""
+    plan = load_plan(recipe)
+    if dry_run:
+        return _describe(plan)
+    out = out or plan["out"]
+    if not out:
+        raise ValueError("the recipe names no out, and none is given")
+    if not plan["teacher"]:
+        raise ValueError("the recipe names no teacher")
+    for name, part in plan["run"]:
+        if name != "convert" and part["data"] is None:
+            raise ValueError(f"the recipe's {name} names no data, and no answer part is before it")
+    return _Run(plan, Path(out), progress).all()
+
+
+def load_plan(recipe):
+    """The checked recipe: its top-level keys, "run" a list of (name, settings), a training part's as load_recipe returns them, with "data"
+    (and "reference")."""
+    recipe, where = (recipe, "recipe") if isinstance(recipe, dict) else (read_plan(recipe), str(recipe))
+    known(where, recipe, TOP)
+    if not isinstance(recipe.get("run"), list) or not recipe["run"]:
+        raise ValueError(f"{where}: run must be a list of parts, such as distill")
+    plan = {"device": "cpu", **dict.fromkeys(("teacher", "start", "dtype", "out", "config")), **recipe, "run": []}
+    answers = None
+    for i, part in enumerate(recipe["run"]):
+        if not isinstance(part, dict) or len(part) != 1 or not isinstance(next(iter(part.values())), (dict, type(None))):
+            raise ValueError(f"{where}: run[{i}] must be a mapping of one name, such as distill, to its settings")
+        (name, given), = part.items()
+        known(f"{where}: run[{i}]", [name], [*TRAINING, *OTHER])
+        given, here = dict(given or {}), f"{where}: run[{i}]: {name}"
+        if name in OTHER:
+            known(here, given, OTHER[name])
+            given.setdefault("data", None)
+            answers = f"{i + 1}-answer/answers.jsonl" if name == "answer" else answers
+        else:
+            data, reference = given.pop("data", None), given.pop("reference", "start")
+            if reference not in ("start", "teacher") or name != "dpo" and reference != "start":
+                raise ValueError(f"{here}: reference must be 'start' or 'teacher', and belongs to dpo")
+            known(here, given, [*DEFAULTS, "steps", "epochs", "stages", "data", "reference"])
+            try:
+                given = load_recipe(given, **TRAINING[name])
+            except ValueError as error:
+                raise ValueError(str(error).replace("recipe", here, 1)) from None
+            given |= {"data": data or (answers and Path(answers)), "reference": reference}
+        plan["run"].append((name, given))
+    return plan
+
+
+def read_plan(recipe):
+    """The mapping in a file, or in one of the package's own, by its name."""
+    path = recipe
+    if not os.path.exists(recipe):
+        path = RECIPES / f"{recipe}.yaml"
+        if not path.exists():
+            own = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+            raise ValueError(f"{recipe}: no such file, and the package's own recipes are {own}")
+    found = read_recipe(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{recipe}: a recipe is a mapping of keys to values, not {type(found).__name__}")
+    return found
+
+
+class _Run:
+    """The parts in order; a model is loaded when a part needs it."""
+
+    def __init__(self, plan, out, progress):
+        self.plan, self.out, self.progress, self.models = plan, out, progress, {}
+        self.current = plan["start"] or plan["teacher"]  # a model, or the folder of one
+
+    def all(self):
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        reports, before = [], {"teacher": self.plan["teacher"], "start": self.plan["start"]}
+        for i, (name, part) in enumerate(self.plan["run"]):
+            folder = self.out / f"{i + 1}-{name}"
+            before = {"before": before, name: json.loads(json.dumps(part, default=str))}
+            reports.append(self.part(name, part, folder, before))
+        model = self.model(self.current)
+        if not isinstance(self.current, Path):
+            save(model, self.out / "model")
+            self.current = self.out / "model"
+        path = self.out / "report.html"
+        with replacing(path) as file:
+            file.write(self.page(reports, model).encode())
+        return {"parts": reports, "model": str(self.current), "html": str(path)}
+
+    def part(self, name, part, folder, identity):
+        if name == "convert":
+            self.current = convert(self.model(self.current), **{key: value for key, value in part.items() if key != "data"})
+            return None
+        done, mark = folder / "report.json", folder / "part.json"
+        if mark.exists() and json.loads(mark.read_text()) != identity:
+            raise ValueError(f"{folder} holds a part that began with other settings, or after another part; name another out")
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        if not mark.exists():
+            with replacing(mark) as file:
+                file.write(json.dumps(identity, indent=1).encode())
+        report = json.loads(done.read_text()) if done.exists() else self.work(name, part, folder)
+        if name == "answer":
+            with replacing(done) as file:
+                file.write(json.dumps(report).encode())
+            return None
+        self.current = folder / "model"
+        return report
+
+    def work(self, name, part, folder):
+        data = self.out / part["data"] if isinstance(part["data"], Path) else part["data"]
+        how = {key: value for key, value in part.items() if key not in ("data", "reference")}
+        if name == "answer":
+            return answer(self.model(self.plan["teacher"]), data, folder / "answers.jsonl", progress=self.progress, **how)
+        model = self.model(self.current)
+        if model is self.models.get(self.plan["teacher"]):
+            model = convert(model, mamba_layers=[])
+        options = {"out": folder, "progress": self.progress}
+        if name == "distill":
+            return distill(model, self.model(self.plan["teacher"]), data, how, **options)
+        if name == "dpo":
+            return dpo(model, data, how, self.model(self.plan["teacher"]) if part["reference"] == "teacher" else "start", **options)
+        return {"train": train, "sft": sft}[name](model, data, how, **options)
+
+    def model(self, which):
+        """A model as it is; a folder's, loaded once if it is the teacher's."""
+        if not isinstance(which, (str, Path)):
+            return which
+        if which not in self.models:
+            model = load(which, device=self.plan["device"], dtype=self.plan["dtype"])
+            if which != self.plan["teacher"]:
+                return model
+            self.models[which] = model
+        return self.models[which]
+
+    def page(self, reports, model):
+        parts = [(f"{i + 1} {name}", report) for i, ((name, _), report) in enumerate(zip(self.plan["run"], reports)) if report]
+        out = [f"<p>Teacher: {html.escape(str(self.plan['teacher']))}. Layers: {html.escape(_layers(model.layer_kinds))}.</p>"]
+        if parts:
+            figure, (row,) = axes(len(parts))
+            for axis, (title, report) in zip(row, parts):
+                lines = [json.loads(line) for line in Path(report["history"]).read_text().splitlines()]
+                for key in ("loss", "ce", "kl", "error", "margin"):
+                    if any(key in line for line in lines):
+                        axis.plot([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line], label=key)
+                axis.set(title=title, xlabel="step")
+                axis.legend(fontsize=7)
+            out.append(image(figure))
+            stages = [(title, stage, end) for title, report in parts for stage, end in zip(report["recipe"]["stages"], report["stages"])]
+            out.append(table(["part", "stage", "layers converted", "last step", "loss", "ce", "kl", "others", "million tokens", "hours"], [
+                [title, end["stage"] + 1, "" if stage["mamba_layers"] is None else ", ".join(map(str, stage["mamba_layers"])), end["step"],
+                 *(f"{end[key]:.4f}" if key in end else "" for key in ("loss", "ce", "kl")),
+                 ", ".join(f"{key} {end[key]:.4g}" for key in ("error", "margin", "accuracy", "eval_loss") if key in end)
+                 + (f", rolled back: {end['rolled_back']}" if end.get("rolled_back") else ""),
+                 f"{end['tokens'] / 1e6:.2f}", f"{end['seconds'] / 3600:.2f}"] for title, stage, end in stages]))
+        for title, report in parts:
+            if report.get("guard"):
+                out.append(f"<h2>Recall, {title}</h2><p>{html.escape(json.dumps(report['guard']))}</p>")
+        if (self.out / "plan.json").exists():
+            out.append(f"<h2>Plan</h2><pre>{html.escape((self.out / 'plan.json').read_text())}</pre>")
+        return page("A hybrid and its teacher", *out, *self.samples(model))
+
+    def samples(self, model):
+        """The first prompts of the first part with data, answered by both."""
+        data = next((part["data"] for name, part in self.plan["run"] if name != "convert"), None)
+        data = self.out / data if isinstance(data, Path) else data
+        prompts = [] if data is None else [p for p in (_prompt(row) for (_, row), _ in zip(rows(data), range(SAMPLES))) if p]
+        if not prompts:
+            return
+        both = [generate(m, prompts, max_new_tokens=SAMPLE_TOKENS) for m in (self.model(self.plan["teacher"]), model)]
+        yield "<h2>Answers, greedy</h2>"
+        yield table(["prompt", "teacher", "hybrid"], [[_said(prompt), *(o.text if o.text is not None else o.tokens for o in answers)]
+                                                      for prompt, *answers in zip(prompts, *both)], "text")
+
+
+def _prompt(row):
+    """What a row asks: of a chat what precedes its last answer, of other rows their beginning; None: it cannot be told."""
+    if "prompt" in row:
+        return row["prompt"]
+    if "messages" in row:
+        turns = row["messages"]
+        return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    if "text" in row:
+        return row["text"][:200]
+    return row["ids"][:max(len(row["ids"]) // 2, 1)] if row.get("ids") else None
+
+
+def _said(prompt):
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"] if isinstance(prompt[0], dict) else " ".join(map(str, prompt))
+
+
+def _layers(kinds):
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+# -- the dry run ------------------------------------------------------------------------------------------------------------------------
+
+def _describe(plan):
+    start, teacher = _architecture(plan, plan["start"] or plan["teacher"]), None
+    if plan["start"] and plan["teacher"] and os.path.isdir(plan["teacher"]):
+        teacher = _architecture(plan, plan["teacher"])
+    teacher, kinds, lines = teacher or start, list(start[1]["kinds"]), []
+    real = 4 if plan["dtype"] == "float32" or plan["device"] == "cpu" and plan["dtype"] is None else 2
+    lines.append(f"{plan['start'] or plan['teacher'] or 'the recipe'}: {len(kinds)} layers ({_layers(kinds)}), {_count(start[1]) / 1e9:.2f} billion parameters, "
+                 f"{plan['dtype'] or ('float32' if real == 4 else 'bfloat16')} on {plan['device']}")
+    total = seconds = 0
+    for i, (name, part) in enumerate(plan["run"]):
+        lines.append(f"{i + 1} {name}" + (f": {part['data']}" if part["data"] else ""))
+        if name == "answer":
+            lines.append("    the teacher's answers, as many as there are rows")
+            continue
+        if name == "convert":
+            kinds = _converted(kinds, part.get("mamba_layers"), part.get("attention"), part.get("mixer", "mamba2"))
+            lines.append(f"    {_layers(kinds)}")
+            continue
+        for j, stage in enumerate(settings(part, stage) for stage in part["stages"]):
+            now = _converted(kinds, stage["mamba_layers"], None, stage["mixer"] or next((k for k in kinds if k != "attention"), "mamba2"))
+            fresh, kinds = [n for n, (a, b) in enumerate(zip(kinds, now)) if a != b], now
+            arch = _with(start, kinds)
+            trained = sum(prod(shape) for key, shape in shapes(arch).items() if fits(key, stage["train"]))
+            rows_a_step = part["batch"] * part["accumulate"] * (2 if name == "dpo" else 1)
+            tokens = rows_a_step * part["length"]
+            steps = stage["steps"]
+            compared = teacher[1] if name == "distill" else None
+            flops = tokens * _flops(arch, trained, compared, stage["recompute"])
+            held = training_memory(arch, compared, stage["train"], rows_a_step // part["accumulate"], part["length"], real, stage["moments"], stage["recompute"],
+                                   shared=plan["start"] is None)
+            lines.append(f"    stage {j + 1}: {_layers(kinds)}" + (f"; layers {', '.join(map(str, fresh))} are converted" if fresh else "")
+                         + (f"; aligns {stage['align']}" if stage["align"] else ""))
+            lines.append(f"      {trained / 1e9:.2f} billion parameters learn ({', '.join(stage['train'])}), lr {stage['lr']:g} {stage['schedule']}, "
+                         f"{rows_a_step} rows a step = {tokens:,} tokens")
+            hours = flops / SPEED / 3600
+            if steps:
+                total, seconds = total + steps * tokens, seconds + steps * hours * 3600
+                lines.append(f"      {steps:,} steps, {steps * tokens / 1e6:,.1f} million tokens, about {steps * hours:,.2f} hours"
+                             if plan["device"] != "cpu" else f"      {steps:,} steps, {steps * tokens / 1e6:,.1f} million tokens, {steps * flops / 1e12:,.1f} TFLOP")
+            else:
+                lines.append(f"      {stage['epochs']:g} epochs; 1000 steps are {tokens / 1e3:,.0f} million tokens" +
+                             (f" and about {1000 * hours:,.1f} hours" if plan["device"] != "cpu" else f" and {flops / 1e9:,.1f} PFLOP"))
+            lines.append(f"      about {held['total'] / 2**30:,.1f} GiB: " + ", ".join(f"{key} {value / 2**30:,.1f}" for key, value in held.items() if key != "total"))
+    if plan["start"] and teacher is start:
+        lines.append("the teacher is counted as if it had the shape of the model that is converted")
+    if total:
+        lines.append(f"in all {total / 1e6:,.1f} million tokens with a known number of steps" + (f", about {seconds / 3600:,.2f} hours" if plan["device"] != "cpu" else ""))
+    if plan["device"] != "cpu":
+        lines.append(f"hours are those of one H200, at {SPEED / 1e12:.0f} TFLOP/s of matrix products")
+    return "\n".join(lines)
+
+
+def _architecture(plan, folder):
+    """(config, architecture) of a folder, or of the recipe's config where there is none."""
+    if folder and os.path.isdir(folder):
+        config, mamba = read_folder(folder)
+        return config, architecture(config, mamba)
+    if plan["config"] is None:
+        raise ValueError(f"{folder or 'the recipe'}: no such folder, and the recipe has no config to describe the run by")
+    return plan["config"], architecture(plan["config"])
+
+
+def _with(start, kinds):
+    config, arch = start
+    return architecture(config, None if all(k == "attention" for k in kinds) else mamba_config(config, kinds))
+
+
+def _converted(kinds, layers, attention, mixer):
+    from .convert import kept_attention
+    if attention is not None:
+        kept = kept_attention(len(kinds), attention)
+        layers = [i for i in range(len(kinds)) if i not in kept]
+    if layers and max(layers) >= len(kinds):
+        raise ValueError(f"mamba_layers has layer {max(layers)}, and the model has layers 0 to {len(kinds) - 1}")
+    return [mixer if kind == "attention" and layers and i in layers else kind for i, kind in enumerate(kinds)]
+
+
+def _count(arch):
+    return sum(prod(shape) for shape in shapes(arch).values())
+
+
+def _matrices(arch):
+    """Weights that a token is multiplied with."""
+    return sum(prod(s) for key, s in shapes(arch).items() if len(s) == 2 and "embed_tokens" not in key) + arch["tied"] * arch["vocab"] * arch["width"]
+
+
+def _flops(arch, trained, teacher, recompute):
+    """Of the matrix products of a token: student forward, gradients of what comes in and of what learns, teacher's forward, recomputation."""
+    own = _matrices(arch)
+    return 2 * (own + own + min(trained, own) + (own if recompute else 0) + (_matrices(teacher) if teacher else 0))
