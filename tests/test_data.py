@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from mambainllama import data as module
 from mambainllama.data import NONE, START, Batches, read
 from mambainllama.recipe import DEFAULTS, load_recipe
 
@@ -36,14 +37,19 @@ def trained(batches):
     return sorted((int(a), int(b)) for ids, targets, _ in batches for a, b in zip(ids.ravel(), targets.ravel()) if b != NONE)
 
 
+@pytest.fixture(params=[4, module.WINDOW])
+def window(request, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", request.param)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_an_epoch_trains_every_target_once(length, shuffle):
-    docs = list(documents([5, 1, 0, 30, 7, 8, 64, 129, 2, 2, 3] * 3))
+def test_an_epoch_trains_every_target_once(window, length, shuffle):
+    docs = list(documents([0, 5, 1, 0, 30, 7, 8, 64, 129, 2, 2, 3, 1] * 3))
     assert trained(Batches(docs, length, 4, seed=3, shuffle=shuffle).once()) == counted(docs)
 
 
-def test_the_epochs_of_training_too():
+def test_the_epochs_of_training_too(window):
     docs = list(documents([5, 9, 30, 7, 8]))
     batches = Batches(docs, 16, 1, seed=3)
     seen, step = [], 0
@@ -67,7 +73,7 @@ def test_documents_do_not_see_each_other():
         assert (prev[padding & ~np.roll(padding, 1, 1)] == START).all()
 
 
-def test_a_batch_is_a_function_of_its_number():
+def test_a_batch_is_a_function_of_its_number(window):
     docs = list(documents([5, 9, 30, 7, 8] * 4))
     there, back = Batches(docs, 16, 3, seed=5), Batches(docs, 16, 3, seed=5)
     forward = [there.batch(step) for step in range(20)]
@@ -78,9 +84,33 @@ def test_a_batch_is_a_function_of_its_number():
     assert np.array_equal(rows, np.concatenate([Batches(docs, 16, 6, seed=5).batch(step)[0] for step in range(10)]))
 
 
+def test_positions_are_where_the_tokens_are(window):
+    docs = list(documents([5, 9, 30, 7, 8, 3, 3, 40]))
+    batches = Batches(docs, 16, 3, seed=1)
+    flat = np.concatenate([ids for ids, _ in docs])
+    counts = np.concatenate([np.append(mask[1:], False) for _, mask in docs])  # what a token predicts
+    pairs = [(batches.positions(step), batches.batch(step)) for step in (0, 5, 1)] + list(zip(batches.positions_once(), batches.once()))
+    assert len(pairs) > 4
+    for at, (ids, targets, _) in pairs:
+        assert at.dtype == np.int64 and at.shape == ids.shape and np.array_equal(at == -1, ids == 0)
+        assert np.array_equal(ids[at >= 0], flat[at[at >= 0]])
+        assert np.array_equal((targets != NONE)[at >= 0], counts[at[at >= 0]])
+
+
 def test_packing_fills_rows():
     rows = list(Batches(list(documents([4] * 64)), 16, 4).once())
     assert len(rows) == 4 and all((ids > 0).all() for ids, _, _ in rows)
+    lengths = np.random.default_rng(0).lognormal(4, 1, 3000).astype(int) % 255 + 2
+    batches = Batches([(np.ones(n), np.ones(n)) for n in lengths], 256, 8, seed=1)
+    room = rows = 0
+    for n in lengths:  # next-fit: into the last row if there is room, else into a new one
+        rows, room = (rows, room - n) if n <= room else (rows + 1, 256 - n)
+    assert rows * 256 * 0.85 > lengths.sum() and batches.fill > 0.99
+    tokens = [(at >= 0).sum(axis=1) for at in batches.positions_once()]
+    assert batches.fill == pytest.approx(lengths.sum() / (256 * sum(map(len, tokens)))) and len(batches) == sum(map(len, tokens))
+    longest = [at[:, 0] for at in batches.positions_once()]
+    first = lengths[np.searchsorted(np.cumsum(lengths), np.concatenate(longest), "right")]
+    assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.1  # steps are not sorted by length
 
 
 def test_fingerprint():
@@ -96,7 +126,7 @@ def test_rows_of_every_form(tmp_path):
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     rows = [{"messages": chat}, {"text": "ab"}, {"ids": [3, 4, 5], "mask": [0, 1, 1]}, {"ids": [7, 8]}]
     path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    expected = [([97, 98, 99, 100], [0, 0, 1, 1]), ([97, 98], [1, 1]), ([3, 4, 5], [0, 1, 1]), ([7, 8], [1, 1])]
+    expected = [([97, 98, 99, 100], [0, 0, 1, 1]), ([97, 98], [0, 1]), ([3, 4, 5], [0, 1, 1]), ([7, 8], [0, 1])]
     for data in (path, str(path), rows):
         assert [(ids.tolist(), mask.tolist()) for ids, mask in read(data, Letters())] == expected
     ids, targets, _ = Batches(read([{"messages": chat}], Letters()), 4, 1).batch(0)
