@@ -54,13 +54,20 @@ class Tokenizer:
 
     def encode(self, text, add_special_tokens=True):
         """Token ids of a string, with what the tokenizer puts around a text (such as BOS) unless told not to."""
-        return self._encode(text, add_special_tokens).ids
+        return self._encode([text], add_special_tokens)[0].ids
 
-    def _encode(self, text, add_special_tokens):
-        if not isinstance(text, str):
-            raise ValueError(f"encode takes a string, not {type(text).__name__}")
+    def encode_batch(self, texts):
+        """encode of each string, on all CPUs."""
+        return [encoding.ids for encoding in self._encode(texts, True)]
+
+    def _encode(self, texts, add_special_tokens):
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"encode takes a string, not {type(text).__name__}")
         with _refusing("the text cannot be encoded"):  # a lone surrogate, a model without a token for unknown text
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if len(texts) == 1:  # without threads
+                return [self._tokenizer.encode(texts[0], add_special_tokens=add_special_tokens)]
+            return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
     def decode(self, ids, skip_special_tokens=True):
         """The string of token ids; ids that the tokenizer does not know give nothing."""
@@ -101,16 +108,14 @@ class Tokenizer:
 
         Answers are the template's {% generation %} spans or, without any, what a turn adds to the chat before it rendered with
         the generation prompt. ValueError: a template whose earlier turns change with what follows, so that this is unknown."""
-        text = self.render(messages, add_generation_prompt=False)
-        spans = self._generation_spans(messages, text) or self._prefix_spans(messages, text)
-        encoding = self._encode(text, add_special_tokens=False)
-        inside = np.zeros(len(text) + 1, np.int64)  # [k + 1]: character k is part of an answer
-        for begin, end in spans:
-            inside[begin + 1 : end + 1] = 1
-        count = np.cumsum(inside)
-        begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        mask = (count[end] > count[begin]) | (begin == end) & (inside[end] > 0)  # empty: spaces that the tokenizer trims off
-        return encoding.ids, mask.astype(int).tolist()
+        return self.encode_chats_with_mask([messages])[0]
+
+    def encode_chats_with_mask(self, chats):
+        """encode_chat_with_mask of each chat, encoded on all CPUs."""
+        texts = [self.render(messages, add_generation_prompt=False) for messages in chats]
+        spans = [self._generation_spans(messages, text) or self._prefix_spans(messages, text) for messages, text in zip(chats, texts)]
+        encodings = self._encode(texts, add_special_tokens=False)
+        return [(encoding.ids, _inside(spans, text, encoding.offsets)) for encoding, spans, text in zip(encodings, spans, texts)]
 
     def _generation_spans(self, messages, text):
         """Character spans of text within {% generation %} blocks: rendered again with marks, which occur nowhere else."""
@@ -140,6 +145,17 @@ class Tokenizer:
                                  "answer cannot be located; a template with {% generation %} blocks would say where it is")
             spans.append((len(before), len(after)))
         return spans
+
+
+def _inside(spans, text, offsets):
+    """For each token, from offsets[i][0] to offsets[i][1] of text, whether it shares a character with a span: a list of 0 and 1."""
+    inside = np.zeros(len(text) + 1, np.int64)  # [k + 1]: character k is part of a span
+    for begin, end in spans:
+        inside[begin + 1 : end + 1] = 1
+    count = np.cumsum(inside)
+    begin, end = np.array(offsets, np.int64).reshape(-1, 2).T
+    mask = (count[end] > count[begin]) | (begin == end) & (inside[end] > 0)  # empty: spaces that the tokenizer trims off
+    return mask.astype(int).tolist()
 
 
 class Stream:
