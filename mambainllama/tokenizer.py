@@ -2,6 +2,7 @@
 
 Template source: transformers utils/chat_template_utils.py. A template is a program from a checkpoint, so it runs in Jinja's
 immutable sandbox and sees plain data only."""
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ def stop_tokens(folder):
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a model folder. ValueError: no tokenizer.json, or files that cannot be read."""
+    """The tokenizer and chat template of a model folder. ValueError: no tokenizer.json, or files that cannot be read.
+
+    fingerprint: of what decides its ids, hexadecimal."""
 
     def __init__(self, folder):
         self.folder = os.path.abspath(folder)
@@ -46,6 +49,8 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._settings, self._template = _chat_settings(Path(folder))
         self._compiled = None
+        decides = json.dumps([tokenizers.__version__, jinja2.__version__, self._settings, self._template])
+        self.fingerprint = hashlib.sha256(content + decides.encode()).hexdigest()[:32]
 
     @classmethod
     def from_folder(cls, folder):

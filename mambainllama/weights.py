@@ -64,7 +64,7 @@ def open_weights(folder):
     """The Weights of a model folder: model.safetensors, else its shards, else pytorch_model.bin, else its shards.
     ValueError, one sentence that names the file: none of these, unreadable, broken or hostile content."""
     folder = Path(folder)
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_torch)):
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_torch)):
         if os.path.lexists(folder / name):
             return read(folder / name)
         if os.path.lexists(folder / f"{name}.index.json"):
@@ -108,7 +108,8 @@ def _shape_is_sound(shape):
 # ---- safetensors -------------------------------------------------------------------------------------------------------------
 
 
-def _read_safetensors(path):
+def read_safetensors(path):
+    """The Weights in one file. ValueError: unreadable, broken or hostile content."""
     data = _map(path)
     if len(data) < 8:
         raise ValueError(f"{path} has {len(data)} bytes, too few for a safetensors header")
@@ -160,11 +161,12 @@ def writing(path):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, mark=""):
     """A binary file that becomes `path` when the block ends: written under a temporary name beside it, on disk (fsync) before it
-    is renamed. An error leaves the old file whole and no temporary one; an OSError is that of writing."""
+    is renamed. An error leaves the old file whole and no temporary one; an OSError is that of writing. mark: in the temporary name,
+    this process's own where several write one path."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + mark + ".tmp")
     with writing(path):
         try:
             with open(temporary, "wb") as file:
@@ -210,13 +212,13 @@ def write_weights(path, tensors, max_shard_bytes=5 << 30):
     index = path.with_name(path.name + ".index.json")
     old = _shards_of(path)
     if len(shards) == 1:
-        _write_safetensors(path, shards[0], sizes, tensors)
+        write_safetensors(path, shards[0], sizes, tensors)
         stale = [index, *old]
     else:
         files = _unused_names(path, len(shards), old)
         try:
             for file, names in zip(files, shards):
-                _write_safetensors(file, names, sizes, tensors)
+                write_safetensors(file, names, sizes, tensors)
             places = {name: file.name for file, names in zip(files, shards) for name in names}
             total = sum(size for _, _, size in sizes.values())
             with replacing(index) as file:
@@ -230,7 +232,8 @@ def write_weights(path, tensors, max_shard_bytes=5 << 30):
         file.unlink(missing_ok=True)
 
 
-def _write_safetensors(path, names, sizes, tensors):
+def write_safetensors(path, names, sizes, tensors, mark=""):
+    """Writes the named tensors to one file; sizes: name -> (dtype as in DTYPES, shape, bytes); mark: as in replacing."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         dtype, shape, size = sizes[name]
@@ -238,7 +241,7 @@ def _write_safetensors(path, names, sizes, tensors):
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
+    with replacing(path, mark) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)

@@ -12,12 +12,12 @@ from mambainllama.recipe import DEFAULTS, load_recipe
 class Letters:
     """A tokenizer: letters are tokens; a chat is its contents in a row."""
 
-    def encode(self, text):
-        return [ord(c) for c in text]
+    def encode_batch(self, texts):
+        return [[ord(c) for c in text] for text in texts]
 
-    def encode_chat_with_mask(self, messages):
-        ids = [ord(c) for m in messages for c in m["content"]]
-        return ids, [int(m["role"] == "assistant") for m in messages for _ in m["content"]]
+    def encode_chats_with_mask(self, chats):
+        return [([ord(c) for m in messages for c in m["content"]], [int(m["role"] == "assistant") for m in messages for _ in m["content"]])
+                for messages in chats]
 
 
 def documents(lengths, seed=0):
