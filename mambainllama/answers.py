@@ -24,8 +24,8 @@ def answer(model, rows, out, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     """Generates the answer to each row, longest prompts first, and writes it to `out`; -> {"rows", "answered", "new_tokens",
     "seconds", "tokens_per_second"}: the rows that this call is for, and of them those that were not yet in `out`.
 
-    rows      a JSONL path or a list of dicts, each with one of "messages" (a chat; an assistant's turn at its end is dropped
-              and generated anew), "prompt" (text, a chat or token ids), "text", "ids", "tokens"
+    rows      data (data.py: a path, a list of dicts …), each with one of "messages" (a chat; an assistant's turn at its end is
+              dropped and generated anew), "prompt" (text, a chat or token ids), "text", "ids", "tokens"
     out       a JSONL path. Called again with it and the same settings, the rows that it holds are skipped.
     max_new_tokens, temperature, top_k, top_p, min_p, seed, batch: as in generate
     shard     (i, n): only rows whose index modulo n is i, for n processes with a file each. Their lines together are those of

@@ -85,7 +85,7 @@ def _parser():
   mambainllama distill teacher chats.jsonl --out run --student hybrid --set steps=2000 --set lr=3e-5
   mambainllama distill teacher chats.jsonl --out run --set 'stages=[{"mamba_layers": [0, 2], "steps": 500}]'""")
     p.add_argument("teacher", help="folder of the teacher")
-    p.add_argument("data", help="JSONL rows of messages or text")
+    _data(p, "messages or text")
     p.add_argument("--student", help="folder made by `convert` (default: the teacher itself; the recipe's stages convert it)")
     _training(p)
     device_and_dtype(p)
@@ -94,15 +94,16 @@ def _parser():
   mambainllama train hybrid chats.jsonl --out run --set steps=1000
   mambainllama train config.json text.jsonl --tokenizer Llama-3.2-1B --out run --recipe recipe.yaml""")
     p.add_argument("model", help="folder, or a config.json: then from random weights")
-    p.add_argument("data", help="JSONL rows of messages or text")
+    _data(p, "messages or text")
     p.add_argument("--tokenizer", metavar="FOLDER", help="for a config.json: the folder whose tokenizer the model takes")
     _training(p)
     device_and_dtype(p)
 
     p = command("sft", _sft, "Fine-tune on chats: the answers alone count; started again with the same --out, it goes on.", """\
-  mambainllama sft hybrid chats.jsonl --out run --set steps=1000 --set lr=2e-5""")
+  mambainllama sft hybrid chats.jsonl --out run --set steps=1000 --set lr=2e-5
+  mambainllama sft hybrid hub:HuggingFaceH4/ultrachat_200k:train_sft more.parquet --out run --set epochs=1""")
     p.add_argument("model", help="folder")
-    p.add_argument("data", help="JSONL rows of messages")
+    _data(p, "messages")
     _training(p)
     device_and_dtype(p)
 
@@ -110,7 +111,7 @@ def _parser():
   mambainllama dpo hybrid pairs.jsonl --out run --set steps=500 --set lr=5e-7 --set beta=0.1
   mambainllama dpo hybrid pairs.jsonl --out run --reference teacher --recipe recipe.yaml""")
     p.add_argument("model", help="folder")
-    p.add_argument("data", help="JSONL rows of prompt, chosen and rejected")
+    _data(p, "prompt, chosen and rejected")
     p.add_argument("--reference", metavar="FOLDER", help="the model that it is held to, such as the teacher (default: the model as it came)")
     _training(p)
     device_and_dtype(p)
@@ -160,6 +161,14 @@ def _parser():
     p.add_argument("folder")
     p.add_argument("--json", action="store_true", help="as one JSON object")
     return top
+
+
+def _data(p, what):
+    p.add_argument("data", nargs="+", help=f"rows of {what}: JSONL, *.parquet or a folder of these, hub:NAME[:CONFIG][:SPLIT]; or several")
+
+
+def _source(args):
+    return args.data[0] if len(args.data) == 1 else args.data
 
 
 def _training(p):
@@ -260,7 +269,7 @@ def _distill(args):
     recipe = _recipe(args)
     teacher = _load(args.teacher, args)
     student = _load(args.student, args) if args.student else mil.convert(teacher, mamba_layers=[])
-    _report(mil.distill(student, teacher, args.data, recipe, out=args.out), student)
+    _report(mil.distill(student, teacher, _source(args), recipe, out=args.out), student)
 
 
 def _train(args):
@@ -273,20 +282,20 @@ def _train(args):
         model.tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     else:
         model = _load(args.model, args)
-    _report(mil.train(model, args.data, recipe, out=args.out), model)
+    _report(mil.train(model, _source(args), recipe, out=args.out), model)
 
 
 def _sft(args):
     import mambainllama as mil
     recipe, model = _recipe(args), _load(args.model, args)
-    _report(mil.sft(model, args.data, recipe, out=args.out), model)
+    _report(mil.sft(model, _source(args), recipe, out=args.out), model)
 
 
 def _dpo(args):
     import mambainllama as mil
     recipe, model = _recipe(args), _load(args.model, args)
     reference = _load(args.reference, args) if args.reference else "start"
-    _report(mil.dpo(model, args.data, recipe, reference, out=args.out), model)
+    _report(mil.dpo(model, _source(args), recipe, reference, out=args.out), model)
 
 
 def _run(args):

@@ -1,4 +1,4 @@
-"""Training data: rows of chats, text or token ids, encoded once and kept, packed into rows of equal length that a step can ask for by number.
+"""Training data: rows of chats, text or token ids, encoded once, packed into rows of equal length that a step can ask for by number.
 
 A row is {"messages": [{"role", "content"}, …]} (only assistant tokens count), {"text": …} (every token counts) or
 {"ids": […], "mask": […]} (tokens whose mask is 1 count; no mask: every token), the last for models without a tokenizer.
@@ -6,19 +6,21 @@ A row is {"messages": [{"role", "content"}, …]} (only assistant tokens count),
 Data is a list of rows; or a source, or a list of sources, one after the other:
   a path            JSONL, a row a line; or Parquet, by its name *.parquet, a column a key, nulls being absent
   a folder          of *.parquet, by name
-  "hub:NAME"        a data set of the Hugging Face hub or a local folder, through `datasets`: its split "train"; or "hub:NAME:SPLIT",
+  "hub:NAME"        a data set of the Hugging Face hub or a local folder, by `datasets`: its split "train"; or "hub:NAME:SPLIT",
                     "hub:NAME:CONFIG:SPLIT"
 Parquet and the hub need the libraries of `pip install 'mambainllama[data]'`.
 
-The tokens of sources of KEPT_BYTES and more are kept in $MIL_CACHE (default ~/.cache/mambainllama/tokens; empty: nowhere), 5 bytes a token and
-8 a row, and memory-mapped from there in every run after. An entry is found by the sources' bytes, the tokenizer, its chat template
-(which may write the day's date: an entry keeps that of its day), and RULES; nothing removes it: the folder may be emptied at any time."""
+The tokens of sources of KEPT_BYTES and more are kept in the folder $MIL_CACHE (default ~/.cache/mambainllama/tokens; empty: nowhere), 5
+bytes a token and 8 a row, which stderr is told, and memory-mapped in every run after. An entry is found by the sources' bytes, the
+tokenizer, its chat template (which may write the day's date: an entry keeps that of its day), and RULES. Nothing removes entries: the
+folder may be emptied at any time."""
 import hashlib
 import importlib
 import io
 import json
 import mmap
 import os
+import re
 import sys
 import tempfile
 import uuid
@@ -108,14 +110,14 @@ def _parquet(path, name):
 
 
 def _hub(data, name):
-    parts = data.split(":")[1:]
+    parts = re.split(r":(?![^[]*\])", data)[1:]  # a split may be train[:1000]
     if len(parts) > 3 or not all(parts):
         raise ValueError(f"{name}: {data} should be hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
     datasets = _library("datasets", data)
     try:
         table = datasets.load_dataset(parts[0], parts[1] if len(parts) == 3 else None, split=parts[-1] if len(parts) > 1 else "train")
     except Exception as error:  # of the network, the hub, the library, whatever reads the files …
-        raise ValueError(f"{name}: {data} cannot be loaded: {said(error)}") from None
+        raise ValueError(f"{name}: {data} cannot be loaded: {said(error.__cause__ or error)}") from None
     return data, [file["filename"] for file in table.cache_files], ((f"{data}:{n}", _present(row)) for n, row in enumerate(table, 1))
 
 
@@ -143,14 +145,16 @@ def _mapping(where, row):
 
 
 def read(data, tokenizer=None, vocab=None, name="data", answers=False, progress=None):
-    """The Documents of data's rows, in their order. tokenizer: encode_batch(texts) → [ids] and encode_chats_with_mask(chats) → [(ids, mask)];
-    needed unless rows carry ids. vocab: ids must be below it. answers: every row must be a chat or have a mask. progress: True or
-    False for a bar over what takes seconds; None: only on a terminal. ValueError says where a row is wrong and what is wrong with it."""
+    """The Documents of data's rows, in their order. tokenizer: encode_batch(texts) → [ids], encode_chats_with_mask(chats) → [(ids,
+    mask)] and, for its tokens to be kept, fingerprint; needed unless rows carry ids. vocab: ids must be below it. answers: every row
+    must be a chat or have a mask. progress: True or False for a bar over what takes more than two seconds; None: only on a terminal.
+    ValueError says where a row is wrong and what is wrong with it; OSError: the tokens could not be kept."""
     parts = _parts(data, name)
     path = _place(parts, tokenizer, vocab, answers)
     documents = path and _kept(path)
     if documents:
         return documents
+    path = path if path and _writable(path.parent) else None
     encoded = tqdm(_encode(chain.from_iterable(part for _, _, part in parts), tokenizer, vocab, answers), f"encoding {name}", unit=" rows",
                    delay=2, leave=False, dynamic_ncols=True, disable=None if progress is None else not progress)
     with writing(path.parent) if path else nullcontext():
@@ -219,7 +223,7 @@ def _encode(source, tokenizer, vocab, answers):
     while chunk := list(islice(source, CHUNK)):
         kinds = [_kind(where, row, tokenizer, answers) for where, row in chunk]
         pairs = [(row["ids"], row.get("mask", [1] * len(row["ids"]))) if kind == "ids" else None for kind, (_, row) in zip(kinds, chunk)]
-        for kind in ("messages", "text"):
+        for kind in sorted({*kinds} - {"ids"}):
             places = [i for i in range(len(chunk)) if kinds[i] == kind]
             try:
                 found = _encoded(tokenizer, kind, [chunk[i][1] for i in places])
@@ -276,20 +280,24 @@ def _checked(where, ids, mask, vocab):
 
 
 def _place(parts, tokenizer, vocab, answers):
-    """The file in which the tokens of the parts belong, in a folder that can be written; None: nowhere."""
+    """The file in which the tokens of the parts belong; None: nowhere."""
     folder = os.environ.get("MIL_CACHE", os.path.expanduser("~/.cache/mambainllama/tokens"))
     if not folder or not all(files for _, files, _ in parts) or not (tokenizer is None or hasattr(tokenizer, "fingerprint")):
         return None
     if sum(os.path.getsize(file) for _, files, _ in parts for file in files) < KEPT_BYTES:
         return None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        warnings.warn(f"{folder} cannot be written ({error.strerror}), so tokens are not kept for the next run; MIL_CACHE names another folder")
-        return None
     key = [RULES, tokenizer and tokenizer.fingerprint, vocab, answers, [[what, *map(_digest, files)] for what, files, _ in parts]]
     return Path(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".safetensors")
+
+
+def _writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be written ({error.strerror}), so tokens are not kept for the next run; MIL_CACHE names another")
+        return False
 
 
 def _digest(path):
@@ -313,9 +321,9 @@ def _keep(path, documents, data):
     arrays = {"lengths": documents.lengths, "ids": documents.ids, "mask": documents.mask, "fingerprint": fingerprint}
     sizes = {name: (kind, arrays[name].shape, arrays[name].nbytes) for name, kind in zip(arrays, ("I64", "I32", "BOOL", "U8"))}
     write_safetensors(path, arrays, sizes, arrays, mark="." + uuid.uuid4().hex)
-    sizes = [file.stat().st_size for file in path.parent.iterdir() if file.is_file()]
-    print(f"mambainllama: the tokens of {data} are kept for the next run: {path}, {path.stat().st_size / 1e6:.0f} MB "
-          f"({len(sizes)} files with {sum(sizes) / 1e6:.0f} MB are there)", file=sys.stderr, flush=True)
+    total = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    print(f"mambainllama: the tokens of {data if isinstance(data, PATH) else f'{len(data)} sources'} are kept for the next run in {path}, "
+          f"{path.stat().st_size / 1e6:.0f} MB; that folder has {total / 1e6:.0f} MB now", file=sys.stderr, flush=True)
     return _kept(path) or documents
 
 
@@ -357,11 +365,12 @@ class Batches:
     """Documents packed into rows of `length` tokens, `batch` rows at a time, epoch after epoch.
 
     Every epoch shuffles the documents (by seed and epoch; shuffle=False: their own order), packs them best-fit-decreasing (best_fit) in
-    windows of WINDOW, and shuffles the rows of each window, which would else be sorted by length (shuffle=False: by first document). What is left of a row is padding, a
-    document of its own that counts for nothing. The target of a token is the next token of its document where that counts, so the token
-    before an answer is trained. A document longer than a row is cut into pieces of `length`, which are packed like documents: a piece
-    does not see the one before, but its last token still predicts the next piece's first, so no target is lost. Pieces in which nothing
-    counts are left out. batch(step) depends on the documents, length, batch, seed and step alone.
+    windows of WINDOW, and shuffles the rows of each window, which would else be sorted by length (shuffle=False: in the order of their
+    first documents). What is left of a row is padding, a document of its own that counts for nothing. The target of a token is the next
+    token of its document where that counts, so the token before an answer is trained. A document longer than a row is cut into pieces of
+    `length`, which are packed like documents: a piece does not see the one before, but its last token still predicts the next piece's
+    first, so no target is lost. Pieces in which nothing counts are left out. batch(step) depends on the documents, length, batch, seed
+    and step alone.
 
     documents: Documents, or (ids, mask) pairs. ids, fingerprint: theirs. ValueError: no token that counts."""
 

@@ -19,18 +19,19 @@ SAMPLE = 4  # batches that a stage's variances and rollbacks are measured on
 class LanguageModelling:
     """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev).
 
-    An objective has these methods, and `reference`, the model that it measures by (or None); its metrics are what `counts` names."""
+    An objective has these methods, and `reference`, the model that it measures by (or None); its metrics are what `counts` names.
+    answers: as read in data.py."""
 
-    def __init__(self, model, teacher, recipe):
-        self.model, self.reference, self.recipe = model, teacher, recipe
+    def __init__(self, model, teacher, recipe, answers=False):
+        self.model, self.reference, self.recipe, self.answers = model, teacher, recipe, answers
 
     def stage(self, recipe):
         """The objective of a stage of this recipe, settings()."""
         return Alignment(self.model, self.reference, recipe) if recipe["align"] else LanguageModelling(self.model, self.reference, recipe)
 
-    def read(self, data, name, **options):
+    def read(self, data, name, progress=None, **options):
         """data's rows as batches."""
-        documents = read(data, self.model.tokenizer, self.model.config["vocab_size"], name)
+        documents = read(data, self.model.tokenizer, self.model.config["vocab_size"], name, self.answers, progress)
         return Batches(documents, self.recipe["length"], self.recipe["batch"], self.recipe["seed"], name=name, **options)
 
     def prepare(self, batches, path=None, reference=None):

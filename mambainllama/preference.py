@@ -49,6 +49,11 @@ class Pairs:
     def __len__(self):
         return len(self.pairs)
 
+    @property
+    def fill(self):
+        """Share of positions that hold tokens."""
+        return sum(len(ids) for pair in self.pairs for ids, _ in pair) / (2 * len(self.pairs) * self.length)
+
     def _at(self, i):
         epoch, at = divmod(i, len(self.pairs))
         if epoch != self.epoch:
@@ -126,7 +131,7 @@ class Preference:
     def finish(self, data):
         return {}
 
-    def read(self, data, name, **options):
+    def read(self, data, name, progress=None, **options):
         return Pairs(data, self.model, self.recipe, name, **options)
 
     def prepare(self, pairs, path=None, reference=None):

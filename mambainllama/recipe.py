@@ -38,7 +38,7 @@ DEFAULTS = {
     "seed": 0,                # order of the data, and what starts fresh at a conversion
     "checkpoint_every": 200,  # steps
     "eval_every": 200,        # steps
-    "eval_data": None,        # held-out rows: a path or a list of rows
+    "eval_data": None,        # held-out rows, or where they are, as data.py says
     "mixer": None,            # "mamba1" | "mamba2" of converted layers; null: the student's kind, or mamba2
     "init": "attention",      # of converted layers: "attention" | "identity" | "random", as convert_layers says
 }
@@ -204,6 +204,8 @@ def _flag(value):
 
 def _data(value):
     _need(value is None or isinstance(value, (str, os.PathLike, list, tuple)))
+    if isinstance(value, (list, tuple)):
+        return [_data(item) if isinstance(item, os.PathLike) else item for item in value]
     return str(value) if isinstance(value, os.PathLike) else value
 
 
@@ -215,7 +217,7 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "preference": _choice("sigmoid", "ipo"), "beta": _number(0, open_low=True), "label_smoothing": _number(0, 0.5, open_high=True),
     "prompt_length": _optional(_integer(1)),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
-    "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path or a list of rows"),
+    "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path, a list of paths or a list of rows"),
     "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
     "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),

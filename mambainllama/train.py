@@ -11,6 +11,7 @@ the steps that were lost, bit for bit, on the same module and thread count."""
 import json
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -24,7 +25,6 @@ from tqdm import tqdm
 from . import checkpoint
 from .config import said
 from .convert import convert_layers
-from .data import rows
 from .model import MOMENTS, fits
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .preference import Preference
@@ -35,14 +35,15 @@ from .weights import replacing, writing
 def distill(student, teacher, data, recipe, out=None, progress=None):
     """Trains student (in place) to predict what teacher predicts, and the data; → the report.
 
-    data: a JSONL path or a list of rows; data.py tells their forms, and how they are packed and cut. recipe: a dict or the path
-    of a YAML or JSON file, recipe.py. out: the run's folder; called again with it, and with the student and teacher that the run
-    began with, the run goes on; a finished one only gives its weights to student. None: nothing is kept. progress: True or False
-    for the bar; None: only on a terminal.
+    data: a list of rows or where they are (JSONL, Parquet, the hub, several of these); data.py tells their forms, and how they are
+    packed and cut. recipe: a dict or the path of a YAML or JSON file, recipe.py. out: the run's folder; called again with it, and
+    with the student and teacher that the run began with, the run goes on; a finished one only gives its weights to student. None:
+    nothing is kept. progress: True or False for the bar; None: only on a terminal.
 
     Report: "steps", "loss", "ce", "kl" (of the last step), "eval" ({"loss", "ce", "kl"} on eval_data after the last step, or
-    None), "stages" (the metrics of each stage's last step), "tokens" (positions computed), "seconds", "tokens_per_second",
-    "recipe", "history" (path of metrics.jsonl), "model" (folder of the trained model); the last two are None without out.
+    None), "stages" (the metrics of each stage's last step), "tokens" (positions computed), "seconds", "tokens_per_second", "fill" (share
+    of an epoch's positions that hold tokens, the rest being padding), "recipe", "history" (path of metrics.jsonl), "model" (folder of
+    the trained model); the last two are None without out.
     ValueError: bad recipe or data, models that do not fit, out holds another run. OSError: out cannot be written; the checkpoint
     before is intact. Ctrl-C: the micro-batch ends, a checkpoint is written, KeyboardInterrupt is raised; a second one does not wait."""
     if student is teacher:
@@ -53,20 +54,21 @@ def distill(student, teacher, data, recipe, out=None, progress=None):
 
 def train(model, data, recipe, out=None, progress=None):
     """Trains model (in place) on the data alone; → the report. As distill, but ce is 1 and kl 0 by default, and kl must be 0."""
+    return _train(model, data, recipe, out, progress)
+
+
+def sft(model, data, recipe, out=None, progress=None):
+    """Supervised fine-tuning: train, on rows of chats or of ids with a mask (data.py), of which the answers alone count; eval_data too."""
+    return _train(model, data, recipe, out, progress, answers=True)
+
+
+def _train(model, data, recipe, out, progress, answers=False):
     recipe = load_recipe(recipe, kl=0.0, ce=1.0)
     for stage in (settings(recipe, stage) for stage in recipe["stages"]):
         if stage["kl"] or stage["align"]:
             key = "kl" if stage["kl"] else "align"
             raise ValueError(f"recipe: {key} is {stage[key]} and there is no teacher; leave it out, or distill")
-    return run(model, LanguageModelling(model, None, recipe), data, recipe, out, progress)
-
-
-def sft(model, data, recipe, out=None, progress=None):
-    """Supervised fine-tuning: train, on rows of chats or of ids with a mask (data.py), of which the answers alone count."""
-    for where, row in rows(data):
-        if "messages" not in row and "mask" not in row:
-            raise ValueError(f"{where}: a row for fine-tuning has messages, or ids and a mask; mil.train learns from plain text")
-    return train(model, data, recipe, out, progress)
+    return run(model, LanguageModelling(model, None, recipe, answers), data, recipe, out, progress)
 
 
 def dpo(model, data, recipe, reference="start", out=None, progress=None):
@@ -93,8 +95,8 @@ def run(model, goal, data, recipe, out=None, progress=None):
     """The loop behind distill, train and dpo. goal: the objective; recipe as load_recipe returns it."""
     stages, began = [settings(recipe, stage) for stage in recipe["stages"]], time.perf_counter()
     _check_layers(model, stages)
-    data = goal.read(data, "data")
-    held_out = goal.read(recipe["eval_data"], "eval_data", shuffle=False) if recipe["eval_data"] is not None else None
+    data = goal.read(data, "data", progress)
+    held_out = goal.read(recipe["eval_data"], "eval_data", progress, shuffle=False) if recipe["eval_data"] is not None else None
     lengths = [stage["steps"] or math.ceil(stage["epochs"] * len(data) / (recipe["batch"] * recipe["accumulate"])) for stage in stages]
     folder = status = reference = None
     if out is not None:
@@ -110,6 +112,8 @@ def run(model, goal, data, recipe, out=None, progress=None):
     earlier, total, end = status["seconds"], sum(lengths), 0
     with _interruptible() as interrupted, tqdm(total=total, initial=status["step"], unit="step", dynamic_ncols=True,
                                                disable=None if progress is None else not progress) as bar:
+        if not bar.disable:
+            bar.write(f"{len(data):,} rows an epoch, {data.fill:.1%} filled with tokens", file=sys.stderr)
         for index, (stage, steps) in enumerate(zip(stages, lengths)):
             begin, end = end, end + steps
             if status["step"] >= end:
@@ -144,7 +148,7 @@ def run(model, goal, data, recipe, out=None, progress=None):
                         folder.save(model, status)
                 bar.set_postfix({"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}, refresh=False)
                 bar.update()
-    report = _report(status, recipe, folder)
+    report = _report(status, recipe, folder, data.fill)
     if folder:
         folder.finish(model, report)
     return report
@@ -205,13 +209,13 @@ def _start(model, stage):
         model.set_moments(name, zero, zero, master)
 
 
-def _report(status, recipe, folder):
+def _report(status, recipe, folder, fill):
     last, held_out = status["last"], recipe["eval_data"]
     evaluated = {key[5:]: value for key, value in last.items() if key.startswith("eval_")}
     return {"steps": status["step"], **{key: last[key] for key in METRICS if key in last}, "eval": evaluated or None,
             "stages": status["ends"], "tokens": status["tokens"], "seconds": status["seconds"],
-            "tokens_per_second": status["tokens"] / status["seconds"],
-            "recipe": recipe if isinstance(held_out, (str, type(None))) else {**recipe, "eval_data": f"{len(held_out)} rows"},
+            "tokens_per_second": status["tokens"] / status["seconds"], "fill": fill,
+            "recipe": {**recipe, "eval_data": f"{len(held_out)} rows"} if held_out and isinstance(held_out[0], dict) else recipe,
             "history": str(folder.metrics) if folder else None, "model": str(folder.model) if folder else None}
 
 

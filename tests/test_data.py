@@ -1,16 +1,25 @@
-"""Rows, packing and batches: no target is lost, documents stay apart, a batch is a function of its number."""
+"""Rows, kept tokens, packing and batches: no target is lost, documents stay apart, a batch is a function of its number."""
+import importlib
 import json
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from mambainllama import data as module
+from mambainllama import tasks, weights
 from mambainllama.data import NONE, START, Batches, read
 from mambainllama.recipe import DEFAULTS, load_recipe
+from mambainllama.tokenizer import Tokenizer
 
 
 class Letters:
     """A tokenizer: letters are tokens; a chat is its contents in a row."""
+
+    fingerprint = "letters"
 
     def encode_batch(self, texts):
         return [[ord(c) for c in text] for text in texts]
@@ -18,6 +27,18 @@ class Letters:
     def encode_chats_with_mask(self, chats):
         return [([ord(c) for m in messages for c in m["content"]], [int(m["role"] == "assistant") for m in messages for _ in m["content"]])
                 for messages in chats]
+
+
+class Small(Letters):
+    """All tokens are 0 or 1, so that ids alone pass a small vocabulary."""
+
+    fingerprint = "small"
+
+    def encode_batch(self, texts):
+        return [[0, 1] for _ in texts]
+
+    def encode_chats_with_mask(self, chats):
+        return [([0, 1], [0, 1]) for _ in chats]
 
 
 def documents(lengths, seed=0):
@@ -150,8 +171,9 @@ def test_a_bad_row_is_named(tmp_path, line, says):
 
 
 def test_other_sentences(tmp_path):
-    for data, says in [(tmp_path / "none", "No such file"), ([], "no rows"), (7, "list of rows"), (["a"], "data row 0"),
-                       ([{"text": "a"}], "no tokenizer"), (tmp_path, "cannot be read")]:
+    for data, says in [(tmp_path / "none", "No such file"), ([], "no rows"), (7, "list of rows"), ([7], "data row 0"),
+                       ([{"text": "a"}], "no tokenizer"), (tmp_path, r"folder without a file \*.parquet"), ("hub:", "hub:NAME"),
+                       ([tmp_path / "none", {"text": "a"}], "a list of paths or a list of rows, not dict")]:
         with pytest.raises(ValueError, match=says):
             read(data)
     (tmp_path / "empty").write_text("\n")
@@ -164,11 +186,183 @@ def test_other_sentences(tmp_path):
             Batches(read(rows), 8, 1)
 
 
+ROWS = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}, {"text": "ab"},
+        {"ids": [3, 4, 5], "mask": [0, 1, 1]}, {"ids": [7, 8]}] * 100
+
+
+def equal(a, b):
+    return a.fingerprint == b.fingerprint and all(np.array_equal(*pair) for pair in zip((a.ids, a.mask, a.lengths), (b.ids, b.mask, b.lengths)))
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_several_sources(tmp_path):
+    a, b = jsonl(tmp_path / "a.jsonl", ROWS[:3]), jsonl(tmp_path / "b.jsonl", [*ROWS[3:6], {"ids": [-1]}])
+    with pytest.raises(ValueError, match=f"{b}:4: ids must be from 0"):
+        read([a, str(b)], Letters())
+    jsonl(b, ROWS[3:7])
+    assert equal(read([a, str(b)], Letters()), read(ROWS[:7], Letters())) and len(list(module.rows([b, a, b]))) == 11
+
+
+def test_answers_only():
+    assert len(read([ROWS[0], ROWS[2]], Letters(), answers=True)) == 2
+    for row in (ROWS[1], ROWS[3]):
+        with pytest.raises(ValueError, match="data row 1: a row for fine-tuning has messages, or ids and a mask"):
+            read([ROWS[0], row], Letters(), answers=True)
+
+
+def test_the_bad_row_of_a_batch_is_named(tmp_path):
+    tasks.write_tokenizer(tmp_path)
+    chat = tasks.rows(1, 0)[0]
+    for bad in ({"text": "\ud800"}, {"messages": [{"role": "user", "content": "\ud800"}]}):
+        with pytest.raises(ValueError, match="data row 2: (text|messages) cannot be used") as error:
+            read([{"text": chat["messages"][0]["content"]}, chat, bad, chat], Tokenizer(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def test_parquet_is_what_jsonl_is(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.string()
+    schema = pyarrow.schema({"messages": pyarrow.list_(pyarrow.struct({"role": text, "content": text, "name": text})), "text": text,
+                             "ids": pyarrow.list_(pyarrow.int64()), "mask": pyarrow.list_(pyarrow.int8())})  # what a row lacks is null
+    for name, rows in (("b", ROWS[150:]), ("a", ROWS[:150])):
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / f"{name}.parquet", row_group_size=40)
+    assert [row for _, row in module.rows(tmp_path)] == ROWS
+    for source in (tmp_path, [f"{tmp_path}/a.parquet", tmp_path / "b.parquet"]):
+        assert equal(read(source, Letters()), read(ROWS, Letters()))
+    with pytest.raises(ValueError, match=r"a\.parquet:3: ids must be from 0 to 4, and one is 5"):
+        read(tmp_path / "a.parquet", Small(), vocab=5)
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 is not enough")
+    for name in ("c.parquet", "none.parquet"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: ") as error:
+            read(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_the_hub(tmp_path, monkeypatch, keep):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(importlib.import_module("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", ROWS[:4])
+    jsonl(folder / "test.jsonl", ROWS[:4][::-1])
+    assert equal(read(f"hub:{folder}", Letters()), read(ROWS[:4], Letters()))
+    before = len(keep)
+    assert len(read(f"hub:{folder}", Letters())) == 4 and len(keep) == before
+    assert equal(read([f"hub:{folder}:default:test", f"hub:{folder}:train"], Letters()), read(ROWS[:4][::-1] + ROWS[:4], Letters()))
+    for split, rows in (("train[:3]", ROWS[:3]), ("train[1:]", ROWS[1:4])):  # of the same files
+        assert equal(read(f"hub:{folder}:{split}", Letters()), read(rows, Letters()))
+    for source, says in ((f"hub:{folder}:dev", "dev"), (f"hub:{folder}:test", ":test:1: ids must be"), ("hub:nobody/nothing", "reach"),
+                         (f"hub:{tmp_path}/nowhere", "cannot be loaded")):
+        with pytest.raises(ValueError, match=says) as error:
+            read(source, Small(), vocab=5)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source, module", [("a.parquet", "pyarrow"), ("hub:nobody/nothing", "datasets")])
+def test_a_missing_library_is_named(monkeypatch, source, module):
+    for name in ("pyarrow", "pyarrow.parquet", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"needs {module}: pip install 'mambainllama\[data\]'$"):
+        read(source, Letters())
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch):
+    """Keeps whatever is read in tmp_path/tokens; a list with an item for each time that something was encoded."""
+    encoded, encode = [], module._encode
+    monkeypatch.setattr(module, "_encode", lambda *args: encoded.append(args) or encode(*args))
+    monkeypatch.setattr(module, "KEPT_BYTES", 1)
+    monkeypatch.setenv("MIL_CACHE", str(tmp_path / "tokens"))
+    return encoded
+
+
+def test_tokens_are_kept(tmp_path, keep, capsys):
+    source, folder = jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "tokens"
+    first = read(source, Letters())
+    entry, = folder.iterdir()
+    said = capsys.readouterr().err
+    assert f"{source} are kept for the next run in {entry}" in said and said.count("\n") == 1 and len(keep) == 1
+    again = read(source, Letters())
+    assert len(keep) == 1 and equal(first, again) and equal(again, read(ROWS, Letters())) and capsys.readouterr().err == ""
+    assert not any(array.flags.owndata or array.flags.writeable for array in (again.ids, again.mask, again.lengths))  # in the file
+    assert all(np.array_equal(*pair) for pair in zip(Batches(again, 8, 2).batch(3), Batches(read(ROWS, Letters()), 8, 2).batch(3)))
+    content, before = entry.read_bytes(), len(keep)
+    for damaged in (content[:-5], content[:600] + bytes([content[600] ^ 1]) + content[601:], b"", b"another's file, long enough"):
+        entry.write_bytes(damaged)
+        assert equal(read(source, Letters()), first) and entry.read_bytes() == content
+    assert len(keep) == before + 4 and [*folder.iterdir()] == [entry]
+
+
+def test_what_decides_the_tokens_decides_the_entry(tmp_path, keep):
+    source = jsonl(tmp_path / "rows.jsonl", tasks.rows(9, 0))
+    tasks.write_tokenizer(tmp_path / "model")
+    times, changed = os.stat(source), []
+
+    def kept(**options):
+        """Whether the tokens were there."""
+        count = len(keep)
+        assert len(read(source, Tokenizer(tmp_path / "model"), **options)) == 9
+        return len(keep) == count
+    assert not kept(vocab=999) and kept(vocab=999)
+    assert not kept(vocab=998) and not kept(vocab=999, answers=True)
+    text = source.read_text()
+    source.write_text(text.replace("?", "!", 1) if "?" in text else text[::-1])
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert os.stat(source).st_size == times.st_size and not kept(vocab=999)
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    for path, change in ((settings, lambda text: text), (tmp_path / "model" / "tokenizer.json", lambda text: text + " ")):
+        path.write_text(change(path.read_text()))
+    assert not kept(vocab=999) and kept(vocab=999)
+    template = json.loads(settings.read_text())
+    settings.write_text(json.dumps(template | {"chat_template": template["chat_template"] + "{# changed #}"}))
+    assert not kept(vocab=999) and kept(vocab=999)
+
+
+def test_what_is_not_kept(tmp_path, keep, monkeypatch):
+    source, pipe, folder = jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "pipe", tmp_path / "tokens"
+    os.mkfifo(pipe)
+
+    class Unknown(Letters):
+        fingerprint = property()  # hasattr is False
+    for data, tokenizer, least, where in ((ROWS, Letters(), 1, folder), (source, Letters(), 1 << 20, folder), (source, Unknown(), 1, folder),
+                                          (source, Letters(), 1, ""), ([source, pipe], Letters(), 1, folder)):
+        monkeypatch.setattr(module, "KEPT_BYTES", least)
+        monkeypatch.setenv("MIL_CACHE", str(where))
+        with ThreadPoolExecutor(1) as pool:
+            if data == [source, pipe]:
+                pool.submit(pipe.write_text, '{"text": "a"}')
+            assert len(read(data, tokenizer)) in (400, 401) and not folder.exists()
+    monkeypatch.setattr(module, "KEPT_BYTES", 1)
+    monkeypatch.setenv("MIL_CACHE", str(source / "below"))
+    with pytest.warns(UserWarning, match="cannot be written .*MIL_CACHE"):
+        assert len(read(source, Letters())) == 400
+
+
+def test_who_keeps_the_same_at_the_same_time(tmp_path, keep, monkeypatch):
+    source, barrier, replace = jsonl(tmp_path / "rows.jsonl", ROWS), threading.Barrier(3, timeout=60), os.replace
+
+    def together(*paths):
+        barrier.wait()  # all have written, none has renamed
+        replace(*paths)
+    monkeypatch.setattr(weights.os, "replace", together)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: read(source, Letters()), range(3)))
+    assert len(keep) == 3 and all(equal(documents, read(ROWS, Letters())) for documents in found)
+    before = len(keep)
+    assert len([*(tmp_path / "tokens").iterdir()]) == 1 and equal(read(source, Letters()), found[0]) and len(keep) == before
+
+
 def test_recipe_files_and_defaults(tmp_path):
     recipe = load_recipe({"steps": 10})
     assert {key: recipe[key] for key in DEFAULTS} == DEFAULTS
     assert recipe["stages"] == [{"mamba_layers": None, "steps": 10, "epochs": None, "mixer": None, "init": "attention"}]
     assert load_recipe(recipe) == recipe and load_recipe({"steps": 10, "ce": 0.5}, kl=0.0, ce=1.0)["ce"] == 0.5
+    assert load_recipe({"steps": 1, "eval_data": [tmp_path, "b.parquet"]})["eval_data"] == [str(tmp_path), "b.parquet"]
     (tmp_path / "r.yaml").write_text("stages:\n- {mamba_layers: [2, 0], steps: 5, mixer: mamba1}\n- {steps: 7}\nlr: 1e-4\ntrain: '*mamba*'\n")
     (tmp_path / "r.json").write_text(json.dumps({"stages": [{"mamba_layers": [0, 2], "steps": 5, "mixer": "mamba1"}, {"steps": 7}],
                                                  "lr": 0.0001, "train": ["*mamba*"]}))

@@ -109,6 +109,7 @@ def test_stages_convert_and_the_report_tells(whole):
     report, lines = json.loads((folder / "report.json").read_text()), history(folder)
     assert [line["step"] for line in lines] == list(range(1, 14)) and [line["stage"] for line in lines] == [0] * 7 + [1] * 6
     assert [line["step"] for line in lines if "eval_loss" in line] == [5, 7, 10, 13]
+    assert report["fill"] == Batches(read(rows(1)), 20, 2).fill
     assert report["steps"] == 13 and report["tokens"] == 13 * 80 and len(report["stages"]) == 2
     assert [report[k] for k in ("loss", "ce", "kl")] == [lines[-1][k] for k in ("loss", "ce", "kl")]
     assert report["eval"] == {k: lines[-1][f"eval_{k}"] for k in ("loss", "ce", "kl")}
