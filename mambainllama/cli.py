@@ -76,8 +76,10 @@ def _parser():
     which.add_argument("--attention", type=float, metavar="SHARE", help="share of layers to keep: 0.5, 0.25, 0.125 or 0")
     which.add_argument("--mamba-layers", type=_numbers, metavar="I,J,...", help="the layers to replace, from 0")
     p.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba2", help="(default: mamba2)")
-    p.add_argument("--init", choices=["attention", "identity", "random"], default="attention",
-                   help="attention: its projections; identity: these, and convolutions that pass their input on (default: attention)")
+    p.add_argument("--init", choices=["attention", "identity", "calibrated", "random"], default="attention",
+                   help="attention: its projections; identity: these, and convolutions that pass their input on; calibrated: these, and decays, "
+                        "gates and scales from what attention does on --data (default: attention)")
+    p.add_argument("--data", metavar="DATA", help="for --init calibrated: rows of messages, text or ids")
     p.add_argument("--seed", type=int, default=0)
 
     p = command("distill", _distill, "Distil a teacher into a hybrid; started again with the same --out, it goes on.", """\
@@ -232,7 +234,7 @@ def _convert(args):
     import mambainllama as mil
     teacher = _load(args.teacher, args)
     chosen = {"attention": args.attention} if args.mamba_layers is None else {"mamba_layers": args.mamba_layers}
-    student = mil.convert(teacher, mixer=args.mixer, init=args.init, seed=args.seed, **chosen)
+    student = mil.convert(teacher, mixer=args.mixer, init=args.init, seed=args.seed, data=args.data, **chosen)
     mil.save(student, args.out)
     _note(f"{args.out}: {_kinds(student)}")
 

@@ -3,11 +3,13 @@ import copy
 
 import numpy as np
 
+from .calibrate import LENGTH, calibrate, sample
 from .config import architecture
+from .data import Batches, read
 from .parity import parity
 
 FRACTIONS = (0.5, 0.25, 0.125, 0)
-INITS = ("attention", "identity", "random")
+INITS = ("attention", "identity", "calibrated", "random")
 CHECKED_TOKENS, CHECKED_WEIGHTS = 16, 1 << 25  # of the parity gate at conversion: as many copied weights as take a second or so
 
 
@@ -32,11 +34,12 @@ def _layers(values, total):
     return sorted(int(layer) for layer in layers)
 
 
-def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, check=True):
+def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, check=True, data=None):
     """Changes `student` in place: each of `layers`, attention now, becomes `mixer` ("mamba1" | "mamba2").
 
     init "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "identity": so too, but the convolution starts as
-    the identity and leaves what was copied in step, k with q; "random": all of the mixer fresh. The same seed gives the same bits.
+    the identity and leaves what was copied in step, k with q; "calibrated": identity, and decays, gates, Delta and scale from what attention
+    does on `data`, Batches (calibrate.py); "random": all of the mixer fresh. The same seed gives the same bits.
     Norms and MLP stay. check: the conversion is first done on a copy, which has to pass `parity` (not for init "random").
     ValueError, `student` untouched: not an attention layer, unknown mixer or init, Mamba-1 where head_dim does not divide into
     blocks of 16, a copy that fails.
@@ -45,6 +48,8 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, ch
         raise ValueError(f"mixer is {mixer!r}, expected 'mamba1' or 'mamba2'")
     if init not in INITS:
         raise ValueError(f"init is {init!r}, expected one of {', '.join(map(repr, INITS))}")
+    if init == "calibrated" and not isinstance(data, Batches):
+        raise ValueError("init 'calibrated' needs data to calibrate on: rows of chats, text or ids")
     layers = _layers(layers, len(student.layer_kinds))
     for layer in layers:
         if student.layer_kinds[layer] != "attention":
@@ -53,23 +58,26 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, ch
     if mixer == "mamba1" and layers and (width := sizes["kv_heads"] * sizes["head_dim"]) % 16:
         raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {width} must be a multiple of 16")
     if check and layers and init != "random":
-        _gate(student, layers, sizes, mixer, init, seed)
+        _gate(student, layers, sizes, mixer, seed)
+    before = _clone(student) if init == "calibrated" else None
     for layer in layers:
         student.c.convert(layer, mixer, init != "random", int(seed) & (2**64 - 1))
     student._names = None
-    for layer in layers if init == "identity" else ():
+    for layer in layers if init in ("identity", "calibrated") else ():
         conv = f"model.layers.{layer}.mamba.conv1d"
         weight = np.zeros(student.names[f"{conv}.weight"], np.float32)
         weight[..., -1] = 1
         student.set(f"{conv}.weight", weight)
         student.set(f"{conv}.bias", np.zeros(len(weight), np.float32))
+    if before and layers:
+        calibrate(student, before, layers, sample(data))
 
 
-def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None, check=True):
+def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None, check=True, data=None):
     """A student: `teacher` with some attention layers replaced; what is not replaced is shared until one of the two changes it.
 
     mamba_layers: the layers to replace, or attention=0.5 | 0.25 | 0.125 | 0: the share of layers that keep attention, placed
-    as in the paper (kept_attention). Other arguments and errors as convert_layers.
+    as in the paper (kept_attention). data: for init "calibrated", as for distill. Other arguments and errors as convert_layers.
     """
     kinds = teacher.layer_kinds
     if (mamba_layers is None) == (attention is None):
@@ -80,7 +88,9 @@ def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0
         kept = kept_attention(len(kinds), attention)
         mamba_layers = [layer for layer in range(len(kinds)) if layer not in kept and kinds[layer] == "attention"]
     student = _clone(teacher)
-    convert_layers(student, mamba_layers, mixer, init, seed, check)
+    if data is not None:
+        data = Batches(read(data, teacher.tokenizer, teacher.config["vocab_size"]), LENGTH, 1, seed)
+    convert_layers(student, mamba_layers, mixer, init, seed, check, data)
     return student
 
 
@@ -90,10 +100,10 @@ def _clone(model):
     return clone
 
 
-def _gate(teacher, layers, sizes, mixer, init, seed):
+def _gate(teacher, layers, sizes, mixer, seed):
     """Converts `layers` of a copy (of a large model some of them, evenly spread) and puts them through parity."""
     copied = 2 * (sizes["heads"] + sizes["kv_heads"]) * sizes["head_dim"] * sizes["width"]
     some = [layers[i] for i in _spread(min(len(layers), max(1, CHECKED_WEIGHTS // copied)), len(layers))]
     trial = _clone(teacher)
-    convert_layers(trial, some, mixer, init, seed, check=False)
+    convert_layers(trial, some, mixer, seed=seed, check=False)
     parity(trial, teacher, np.array([_spread(CHECKED_TOKENS, sizes["vocab"])]), some)

@@ -40,7 +40,7 @@ DEFAULTS = {
     "eval_every": 200,        # steps
     "eval_data": None,        # held-out rows, or where they are, as data.py says
     "mixer": None,            # "mamba1" | "mamba2" of converted layers; null: the student's kind, or mamba2
-    "init": "attention",      # of converted layers: "attention" | "identity" | "random", as convert_layers says
+    "init": "attention",      # of converted layers: "attention" | "identity" | "calibrated" | "random", as convert_layers says
 }
 
 STAGE = ("lr", "warmup", "schedule", "betas", "weight_decay", "clip", "kl", "ce", "temperature", "kl_kind", "align", "on_policy", "train",

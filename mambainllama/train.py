@@ -119,7 +119,7 @@ def run(model, goal, data, recipe, out=None, progress=None):
             if status["step"] >= end:
                 continue
             if status["step"] == begin:
-                _start(model, stage)
+                _start(model, stage, data)
             objective = goal.stage(stage)
             objective.start(data, folder and folder.path / f"stage{index}.npz", fresh=status["step"] == begin)
             while status["step"] < end:
@@ -192,8 +192,8 @@ def _check_layers(model, stages):
                 raise ValueError(f"recipe: stages[{i}]: mamba_layers has layer {layer}, and the model has layers 0 to {count - 1}")
 
 
-def _start(model, stage):
-    """The start of a stage: conversions, what learns, a fresh optimiser."""
+def _start(model, stage, data):
+    """The start of a stage: conversions (calibrated ones on data), what learns, a fresh optimiser."""
     if stage["mamba_layers"] is not None:
         mamba = [i for i, kind in enumerate(model.layer_kinds) if kind != "attention"]
         more = sorted(set(mamba) - set(stage["mamba_layers"]))
@@ -202,7 +202,7 @@ def _start(model, stage):
         fresh = [i for i in stage["mamba_layers"] if i not in mamba]
         mixer = stage["mixer"] or (model.layer_kinds[mamba[0]] if mamba else "mamba2")
         if fresh:
-            convert_layers(model, fresh, mixer, stage["init"], stage["seed"])
+            convert_layers(model, fresh, mixer, stage["init"], stage["seed"], data=data)
     model.trainable(stage["train"])
     for name, (m, _, master) in model.moments().items():
         zero = np.zeros(m.shape, MOMENTS[stage["moments"]])
