@@ -195,6 +195,11 @@ void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, 
                       Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
                       size_t K);
 
+/* y[m] = sum_c (a[m,c] - b[m,c])^2, in float.   y (M) float  a, b (M,C) */
+void squared_error_forward(float *y, const real *a, const real *b, size_t M, size_t C);
+/* da[m,c] = 2 dy[m] (a[m,c] - b[m,c]).   dy (M) float */
+void squared_error_backward(real *da, const float *dy, const real *a, const real *b, size_t M, size_t C);
+
 /* ---- adamw.c ------------------------------------------------------------------------------------------------------- */
 
 /* Decoupled weight decay (Loshchilov & Hutter 2019): g' = gscale g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;

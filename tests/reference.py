@@ -267,6 +267,11 @@ def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0,
     return np.where(skipped, 0, ce), np.where(skipped, 0, kl)
 
 
+def squared_error(a, b):
+    """y[m] = sum_c (a[m,c] - b[m,c])^2.   a, b (M,C)  ->  y (M)"""
+    return ((f64(a) - f64(b)) ** 2).sum(-1)
+
+
 def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0, key=0):
     """AdamW (Loshchilov & Hutter 2019), decoupled decay  ->  w, m, v; given m and v as bf16 bits, such bits, rounded at random"""
     half = np.asarray(m).dtype == np.uint16
