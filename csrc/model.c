@@ -1,4 +1,4 @@
-/* model.c - parameters, forward, backward, loss, optimiser step. decode.c has the State. */
+/* model.c - parameters, forward, backward, loss, alignment, optimiser step. decode.c has the State. */
 #include "model.h"
 
 #include <stdlib.h>
@@ -312,22 +312,32 @@ static void layer_layout(Model *m, size_t l, Saved *s, size_t M) {
   MIXER[m->kind[l]].layout(m, l, &m->arena, &s->acts, M);
 }
 
-/* in -> mid -> out; without gradients all three are one array. out NULL: recomputation, which needs no output. */
-static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
+/* A layer is in -> mid -> out; without gradients all three are one array. Here its first half: mid = in + mixer(rmsnorm(in)). */
+static void mix_forward(Model *m, const Call *k, size_t l, Saved *s) {
+  const size_t C = m->c.width, M = k->M;
+  Mark before = mark(&m->arena);
+  real *u = s->mid; /* few tokens: the mixer's products take the norm along */
+  if (!k->few) {
+    u = reals(&m->arena, M * C);
+    rmsnorm_forward(u, s->in, vector(m->layer[l] + NORM1), m->c.eps, M, C);
+    if (s->mid != s->in) device_copy(s->mid, s->in, M * C * sizeof(real));
+  }
+  MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, u);
+  release(&m->arena, before);
+}
+
+/* out = mid + mlp(rmsnorm(mid)). out NULL: recomputation, which needs gate and up alone. */
+static void mlp_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
   const Param *p = m->layer[l];
   const size_t C = m->c.width, F = m->c.mlp, M = k->M;
-  Mark before = mark(&m->arena);
   if (k->few) {
-    MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, s->mid);
     swiglu_linear_forward(s->gate, s->mid, vector(p + NORM2), m->c.eps, matrix(p + GATE, 0), vector(p + BGATE), matrix(p + UP, 0), vector(p + BUP),
                           k->B, k->T, C, F);
     linear_forward(out, s->gate, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
     return;
   }
+  Mark before = mark(&m->arena);
   real *u = reals(&m->arena, M * C);
-  rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
-  if (s->mid != s->in) device_copy(s->mid, s->in, M * C * sizeof(real));
-  MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, u);
   rmsnorm_forward(u, s->mid, vector(p + NORM2), m->c.eps, M, C);
   linear_forward(s->gate, u, matrix(p + GATE, 0), vector(p + BGATE), 0, k->B, k->T, C, F);
   linear_forward(s->up, u, matrix(p + UP, 0), vector(p + BUP), 0, k->B, k->T, C, F);
@@ -340,8 +350,8 @@ static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out
   release(&m->arena, before);
 }
 
-/* dh: in the gradient of the layer's output, out that of its input. */
-static void layer_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh) {
+/* dh: in the gradient of out, out that of mid. */
+static void mlp_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh) {
   const Param *p = m->layer[l];
   const size_t C = m->c.width, F = m->c.mlp, M = k->M;
   Mark before = mark(&m->arena);
@@ -356,11 +366,17 @@ static void layer_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh
   linear_backward(du, gradient(m, p + UP), gradient(m, p + BUP), dup, u, matrix(p + UP, 0), 1, M, C, F);
   rmsnorm_backward(dh, gradient(m, p + NORM2), du, s->mid, vector(p + NORM2), m->c.eps, 1, M, C);
   release(&m->arena, before);
-  /* mid = in + mixer(rmsnorm(in)) */
-  u = reals(&m->arena, M * C), du = reals(&m->arena, M * C);
-  rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
+}
+
+/* dh: in the gradient of mid, out that of in; `through` 0: only the parameters' gradients are wanted, dh is spent. */
+static void mix_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh, int through) {
+  const Param *norm = m->layer[l] + NORM1;
+  const size_t C = m->c.width, M = k->M;
+  Mark before = mark(&m->arena);
+  real *u = reals(&m->arena, M * C), *du = through || gradient(m, norm) ? reals(&m->arena, M * C) : NULL;
+  rmsnorm_forward(u, s->in, vector(norm), m->c.eps, M, C);
   MIXER[m->kind[l]].backward(k, l, &s->acts, du, dh, u, &m->arena);
-  rmsnorm_backward(dh, gradient(m, p + NORM1), du, s->in, vector(p + NORM1), m->c.eps, 1, M, C);
+  if (du) rmsnorm_backward(through ? dh : NULL, gradient(m, norm), du, s->in, vector(norm), m->c.eps, 1, M, C);
   release(&m->arena, before);
 }
 
@@ -381,7 +397,8 @@ real *run_layers(Model *m, const Call *k, Saved *saved, int recompute) {
     Mark before = mark(&m->arena);
     if (saved && recompute) s->mid = out;
     layer_layout(m, l, s, k->M);
-    layer_forward(m, k, l, s, out);
+    mix_forward(m, k, l, s);
+    mlp_forward(m, k, l, s, out);
     if (!saved || recompute) release(&m->arena, before);
     h = out;
   }
@@ -402,9 +419,11 @@ static void layers_backward(Model *m, Call *k, Saved *saved, real *dh, int recom
     if (recompute) {
       saved[l].mid = reals(&m->arena, k->M * m->c.width);
       layer_layout(m, l, saved + l, k->M);
-      layer_forward(m, k, l, saved + l, NULL);
+      mix_forward(m, k, l, saved + l);
+      mlp_forward(m, k, l, saved + l, NULL);
     }
-    layer_backward(m, k, l, saved + l, dh);
+    mlp_backward(m, k, l, saved + l, dh);
+    mix_backward(m, k, l, saved + l, dh, 1);
     release(&m->arena, before);
   }
   if (gradient(m, m->top + EMBED)) embedding_backward(gradient(m, m->top + EMBED), dh, k->ids, k->M, m->c.width);
@@ -506,5 +525,82 @@ int model_loss(Model *m, Model *teacher, float *out, const int32_t *ids, const i
   }
   device_pull(out, losses, 2 * M * sizeof *out);
   free(saved);
+  return 0;
+}
+
+/* ---- hidden states and alignment ----------------------------------------------------------------------------------------------------- */
+
+int model_hidden(Model *m, float *out, const int32_t *ids, const int32_t *layer, size_t n, int mid, const int32_t *prev, size_t B, size_t T) {
+  const size_t size = B * T * m->c.width;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) return -1;
+  arena_begin(&m->arena, &out_of_memory);
+  Rows rows = {.prev = prev};
+  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T);
+  real *h = reals(&m->arena, size);
+  embedding_forward(h, matrix(m->top + EMBED, 0), k.ids, k.M, m->c.width);
+  for (size_t l = 0, i = 0;; l++) {
+    if (!mid && i < n && l == (size_t)layer[i]) pull_floats(out + i++ * size, h, size);
+    if (i == n) return 0;
+    Saved s = {.in = h, .mid = h};
+    Mark before = mark(&m->arena);
+    layer_layout(m, l, &s, k.M);
+    mix_forward(m, &k, l, &s);
+    if (mid && l == (size_t)layer[i]) pull_floats(out + i++ * size, h, size);
+    mlp_forward(m, &k, l, &s, h);
+    release(&m->arena, before);
+  }
+}
+
+/* One layer on x, which stays: s->mid and, if `whole`, its output (else NULL), all in the arena. */
+static real *layer_on(Model *m, const Call *k, size_t l, Saved *s, real *x, int whole) {
+  const size_t n = k->M * m->c.width;
+  real *out = whole ? reals(&m->arena, n) : NULL;
+  *s = (Saved){.in = x, .mid = reals(&m->arena, n)};
+  layer_layout(m, l, s, k->M);
+  mix_forward(m, k, l, s);
+  if (whole) mlp_forward(m, k, l, s, out);
+  return out;
+}
+
+int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, const int32_t *layer, size_t n, const float *weight, int hidden,
+                int own, const int32_t *prev, size_t B, size_t T) {
+  const size_t M = B * T, C = m->c.width;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) return -1;
+  if (weight && model_gradients(m)) return -1;
+  Arena *a = &m->arena, *b = &teacher->arena;
+  arena_begin(a, &out_of_memory);
+  arena_begin(b, &out_of_memory);
+  Rows rows = {.prev = prev};
+  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T), kt = k;
+  kt.m = teacher;
+  float *error = take(a, n * M * sizeof *error), *w = weight ? take(a, n * M * sizeof *w) : NULL;
+  if (w) device_push(w, weight, n * M * sizeof *w);
+  real *x = reals(a, M * C);
+  embedding_forward(x, matrix((own ? m : teacher)->top + EMBED, 0), k.ids, M, C);
+  for (size_t l = 0, i = 0; i < n; l++) {
+    const int aligned = l == (size_t)layer[i], last = aligned && i + 1 == n;
+    Mark before = mark(a), before_teacher = mark(b);
+    Saved s, t;
+    real *mine = NULL, *theirs = NULL;
+    if (aligned || own) mine = layer_on(m, &k, l, &s, x, hidden || (own && !last));
+    if (aligned || !own) theirs = layer_on(teacher, &kt, l, &t, x, hidden || (!own && !last));
+    if (aligned) {
+      const real *p = hidden ? mine : s.mid, *q = hidden ? theirs : t.mid;
+      squared_error_forward(error + i * M, p, q, M, C);
+      if (w) {
+        real *dh = reals(a, M * C);
+        squared_error_backward(dh, w + i * M, p, q, M, C);
+        if (hidden) mlp_backward(m, &k, l, &s, dh);
+        mix_backward(m, &k, l, &s, dh, 0);
+      }
+      i++;
+    }
+    if (!last) device_copy(x, own ? mine : theirs, M * C * sizeof(real));
+    release(a, before);
+    release(b, before_teacher);
+  }
+  device_pull(errors, error, n * M * sizeof *errors);
   return 0;
 }
