@@ -312,28 +312,28 @@ static void layer_layout(Model *m, size_t l, Saved *s, size_t M) {
   MIXER[m->kind[l]].layout(m, l, &m->arena, &s->acts, M);
 }
 
-/* A layer is in -> mid -> out; without gradients all three are one array. Here its first half: mid = in + mixer(rmsnorm(in)). */
-static void mix_forward(Model *m, const Call *k, size_t l, Saved *s) {
-  const size_t C = m->c.width, M = k->M;
+/* A layer is mid = in + mixer(rmsnorm(in)), out = mid + mlp(rmsnorm(mid)); without gradients all three are one array. Its first half:
+ * to += mixer(rmsnorm(in)). */
+static void mix_forward(Model *m, const Call *k, size_t l, Saved *s, real *to) {
   Mark before = mark(&m->arena);
-  real *u = s->mid; /* few tokens: the mixer's products take the norm along */
+  const real *u = s->in; /* few tokens: the mixer's products take the norm along */
   if (!k->few) {
-    u = reals(&m->arena, M * C);
-    rmsnorm_forward(u, s->in, vector(m->layer[l] + NORM1), m->c.eps, M, C);
-    if (s->mid != s->in) device_copy(s->mid, s->in, M * C * sizeof(real));
+    real *normed = reals(&m->arena, k->M * m->c.width);
+    rmsnorm_forward(normed, s->in, vector(m->layer[l] + NORM1), m->c.eps, k->M, m->c.width);
+    u = normed;
   }
-  MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, u);
+  MIXER[m->kind[l]].forward(k, l, &s->acts, to, u);
   release(&m->arena, before);
 }
 
-/* out = mid + mlp(rmsnorm(mid)). out NULL: recomputation, which needs gate and up alone. */
-static void mlp_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
+/* to += mlp(rmsnorm(mid)). to NULL: recomputation, which needs gate and up alone. */
+static void mlp_forward(Model *m, const Call *k, size_t l, Saved *s, real *to) {
   const Param *p = m->layer[l];
   const size_t C = m->c.width, F = m->c.mlp, M = k->M;
   if (k->few) {
     swiglu_linear_forward(s->gate, s->mid, vector(p + NORM2), m->c.eps, matrix(p + GATE, 0), vector(p + BGATE), matrix(p + UP, 0), vector(p + BUP),
                           k->B, k->T, C, F);
-    linear_forward(out, s->gate, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
+    linear_forward(to, s->gate, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
     return;
   }
   Mark before = mark(&m->arena);
@@ -341,13 +341,21 @@ static void mlp_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) 
   rmsnorm_forward(u, s->mid, vector(p + NORM2), m->c.eps, M, C);
   linear_forward(s->gate, u, matrix(p + GATE, 0), vector(p + BGATE), 0, k->B, k->T, C, F);
   linear_forward(s->up, u, matrix(p + UP, 0), vector(p + BUP), 0, k->B, k->T, C, F);
-  if (out) {
-    real *act = out == s->mid ? s->gate : reals(&m->arena, M * F);
-    if (out != s->mid) device_copy(out, s->mid, M * C * sizeof(real));
+  if (to) {
+    real *act = to == s->mid ? s->gate : reals(&m->arena, M * F); /* nothing is kept where all is one array */
     swiglu_forward(act, s->gate, s->up, M * F);
-    linear_forward(out, act, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
+    linear_forward(to, act, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
   }
   release(&m->arena, before);
+}
+
+/* in -> mid -> out; out NULL: recomputation. */
+static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
+  const size_t bytes = k->M * m->c.width * sizeof(real);
+  if (s->mid != s->in) device_copy(s->mid, s->in, bytes);
+  mix_forward(m, k, l, s, s->mid);
+  if (out && out != s->mid) device_copy(out, s->mid, bytes);
+  mlp_forward(m, k, l, s, out);
 }
 
 /* dh: in the gradient of out, out that of mid. */
@@ -397,8 +405,7 @@ real *run_layers(Model *m, const Call *k, Saved *saved, int recompute) {
     Mark before = mark(&m->arena);
     if (saved && recompute) s->mid = out;
     layer_layout(m, l, s, k->M);
-    mix_forward(m, k, l, s);
-    mlp_forward(m, k, l, s, out);
+    layer_forward(m, k, l, s, out);
     if (!saved || recompute) release(&m->arena, before);
     h = out;
   }
@@ -419,8 +426,7 @@ static void layers_backward(Model *m, Call *k, Saved *saved, real *dh, int recom
     if (recompute) {
       saved[l].mid = reals(&m->arena, k->M * m->c.width);
       layer_layout(m, l, saved + l, k->M);
-      mix_forward(m, k, l, saved + l);
-      mlp_forward(m, k, l, saved + l, NULL);
+      layer_forward(m, k, l, saved + l, NULL);
     }
     mlp_backward(m, k, l, saved + l, dh);
     mix_backward(m, k, l, saved + l, dh, 1);
@@ -545,22 +551,35 @@ int model_hidden(Model *m, float *out, const int32_t *ids, const int32_t *layer,
     Saved s = {.in = h, .mid = h};
     Mark before = mark(&m->arena);
     layer_layout(m, l, &s, k.M);
-    mix_forward(m, &k, l, &s);
+    mix_forward(m, &k, l, &s, h);
     if (mid && l == (size_t)layer[i]) pull_floats(out + i++ * size, h, size);
     mlp_forward(m, &k, l, &s, h);
     release(&m->arena, before);
   }
 }
 
-/* One layer on x, which stays: s->mid and, if `whole`, its output (else NULL), all in the arena. */
-static real *layer_on(Model *m, const Call *k, size_t l, Saved *s, real *x, int whole) {
-  const size_t n = k->M * m->c.width;
-  real *out = whole ? reals(&m->arena, n) : NULL;
-  *s = (Saved){.in = x, .mid = reals(&m->arena, n)};
-  layer_layout(m, l, s, k->M);
-  mix_forward(m, k, l, s);
-  if (whole) mlp_forward(m, k, l, s, out);
-  return out;
+typedef struct {
+  Model *m;
+  Call k;
+  Saved s;
+  real *d; /* what the layer has added to its input so far: the stream itself is rounded more coarsely */
+} Side;
+
+/* Adds to d what a half of layer l, its mixer or then its MLP, adds to x. */
+static void add_half(Side *a, size_t l, real *x, int mlp) {
+  Arena *arena = &a->m->arena;
+  const size_t n = a->k.M * a->m->c.width;
+  if (mlp) {
+    device_copy(a->s.mid, x, n * sizeof *x);
+    accumulate(a->s.mid, a->d, n);
+    mlp_forward(a->m, &a->k, l, &a->s, a->d);
+    return;
+  }
+  a->d = reals(arena, n);
+  device_zero(a->d, n * sizeof *x);
+  a->s = (Saved){.in = x, .mid = reals(arena, n)};
+  layer_layout(a->m, l, &a->s, a->k.M);
+  mix_forward(a->m, &a->k, l, &a->s, a->d);
 }
 
 int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, const int32_t *layer, size_t n, const float *weight, int hidden,
@@ -569,37 +588,33 @@ int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, con
   jmp_buf out_of_memory;
   if (setjmp(out_of_memory)) return -1;
   if (weight && model_gradients(m)) return -1;
-  Arena *a = &m->arena, *b = &teacher->arena;
-  arena_begin(a, &out_of_memory);
-  arena_begin(b, &out_of_memory);
+  arena_begin(&m->arena, &out_of_memory);
+  arena_begin(&teacher->arena, &out_of_memory);
   Rows rows = {.prev = prev};
-  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T), kt = k;
-  kt.m = teacher;
-  float *error = take(a, n * M * sizeof *error), *w = weight ? take(a, n * M * sizeof *w) : NULL;
+  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T);
+  Side side[] = {{.m = m, .k = k}, {.m = teacher, .k = k}}, *lead = own ? side : side + 1;
+  side[1].k.m = teacher;
+  float *error = take(&m->arena, n * M * sizeof *error), *w = weight ? take(&m->arena, n * M * sizeof *w) : NULL;
   if (w) device_push(w, weight, n * M * sizeof *w);
-  real *x = reals(a, M * C);
-  embedding_forward(x, matrix((own ? m : teacher)->top + EMBED, 0), k.ids, M, C);
+  real *x = reals(&m->arena, M * C);
+  embedding_forward(x, matrix(lead->m->top + EMBED, 0), k.ids, M, C);
   for (size_t l = 0, i = 0; i < n; l++) {
     const int aligned = l == (size_t)layer[i], last = aligned && i + 1 == n;
-    Mark before = mark(a), before_teacher = mark(b);
-    Saved s, t;
-    real *mine = NULL, *theirs = NULL;
-    if (aligned || own) mine = layer_on(m, &k, l, &s, x, hidden || (own && !last));
-    if (aligned || !own) theirs = layer_on(teacher, &kt, l, &t, x, hidden || (!own && !last));
-    if (aligned) {
-      const real *p = hidden ? mine : s.mid, *q = hidden ? theirs : t.mid;
-      squared_error_forward(error + i * M, p, q, M, C);
-      if (w) {
-        real *dh = reals(a, M * C);
-        squared_error_backward(dh, w + i * M, p, q, M, C);
-        if (hidden) mlp_backward(m, &k, l, &s, dh);
-        mix_backward(m, &k, l, &s, dh, 0);
-      }
-      i++;
+    const Mark before[] = {mark(&m->arena), mark(&teacher->arena)};
+    for (int mlp = 0; mlp < 2; mlp++) {
+      for (Side *a = side; a < side + 2; a++)
+        if ((aligned && mlp <= hidden) || (a == lead && !last)) add_half(a, l, x, mlp);
+      if (!aligned || mlp != hidden) continue;
+      squared_error_forward(error + i * M, side[0].d, side[1].d, M, C);
+      if (!w) continue;
+      real *dh = reals(&m->arena, M * C);
+      squared_error_backward(dh, w + i * M, side[0].d, side[1].d, M, C);
+      if (mlp) mlp_backward(m, &side->k, l, &side->s, dh);
+      mix_backward(m, &side->k, l, &side->s, dh, 0);
     }
-    if (!last) device_copy(x, own ? mine : theirs, M * C * sizeof(real));
-    release(a, before);
-    release(b, before_teacher);
+    if (!last) accumulate(x, lead->d, M * C);
+    for (int j = 0; j < 2; j++) release(&side[j].m->arena, before[j]);
+    i += aligned;
   }
   device_pull(errors, error, n * M * sizeof *errors);
   return 0;

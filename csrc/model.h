@@ -188,8 +188,8 @@ int model_loss(Model *m, Model *teacher, float *losses, const int32_t *ids, cons
 /* The residual stream (n,M,C) host: what goes into the layers `layer` (n, rising; `layers` is what comes out of the last), or with `mid`
  * what stands between their mixers and their MLPs. */
 int model_hidden(Model *m, float *out, const int32_t *ids, const int32_t *layer, size_t n, int mid, const int32_t *prev, size_t B, size_t T);
-/* Layer by layer, student m and teacher on the same input: errors (n,M) host, squared distances of the streams after the mixers, or with
- * `hidden` of the layers' outputs, in the layers `layer` (n, rising). The input is the teacher's own, or with `own` the student's. weight
+/* Layer by layer, student m and teacher on the same input: errors (n,M) host, squared distances of what their mixers add to it, or with
+ * `hidden` of what the layers do, in the layers `layer` (n, rising). The input is the teacher's own, or with `own` the student's. weight
  * (n,M) host: the gradient of sum weight errors goes to these layers of m, through nothing but the layer itself; NULL: none. */
 int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, const int32_t *layer, size_t n, const float *weight, int hidden,
                 int own, const int32_t *prev, size_t B, size_t T);

@@ -95,6 +95,8 @@ void gated_rmsnorm_backward(real *dx, real *dz, float *dw, const real *dy, const
 void swiglu_forward(real *y, const real *gate, const real *up, size_t n);
 /* dgate = dy * up * silu'(gate); dup = dy * silu(gate). dgate, dup may alias gate, up. */
 void swiglu_backward(real *dgate, real *dup, const real *dy, const real *gate, const real *up, size_t n);
+/* y += x, elementwise over n */
+void accumulate(real *y, const real *x, size_t n);
 
 /* ---- attention.c -------------------------------------------------------------------------------------------------- */
 

@@ -43,6 +43,7 @@ ROW(swiglu_forward, "gate:mf up:mf -> y:mf", "", 0, "y = silu(gate) up (Shazeer 
     swiglu_forward(r(2), r(0), r(1), n['m'] * n['f']))
 ROW(swiglu_backward, "dy:mf gate:mf up:mf -> dgate:mf dup:mf", "", 0, "dgate =, dup =.",
     swiglu_backward(r(3), r(4), r(0), r(1), r(2), n['m'] * n['f']))
+ROW(accumulate, "y!:mf x:mf ->", "", 0, "y += x, elementwise.", accumulate(r(0), r(1), n['m'] * n['f']))
 ROW(rope_forward, "x:bthp position@:bt inv_freq%:q scale%?:1 -> y:bthp", "p=2*q", 0,
     "Rotary embedding, half-rotation layout (Su et al. 2021); scale (default 1) multiplies cos and sin.",
     rope_forward(r(4), r(0), i32(1), f(2), num(3, 1), n['b'] * n['t'], n['h'], n['p']))

@@ -275,8 +275,8 @@ class Model:
         """How far this model's layers are from `teacher`'s when both read the same: squared errors, float32 (n,B,T).
 
         For each of the n rising `layers` (default: those whose kinds differ) both models' layer reads one residual stream, and the error
-        of a position is the sum over channels of (student - teacher)²: of what their mixers have added to it ("mixer"), or of the
-        whole layers' outputs ("hidden"). That stream is the teacher's own; own_prefix: what this model's layers before it give.
+        of a position is the sum over channels of (student - teacher)²: of what their mixers add to it ("mixer"), or of the layers'
+        outputs ("hidden"; both are compared before the stream is added, which in bf16 would round them away). That stream is the teacher's own; own_prefix: what this model's layers before it give.
         mask (B,T): 0 where a position does not count, and its error reads 0.  ids, prev (B,T) as in logits.
         backward: adds the gradient of the sum of weights[i] · mask · error over layers and positions (weights (n): default 1). It stays in
         the layer: what comes before only makes its input.  Layers are run once and one at a time, up to the last that is

@@ -331,6 +331,14 @@ def test_bf16_moments_move_by_less_than_their_bits(backend):
 
 
 @sanitize
+@pytest.mark.parametrize("M, F", [(1, 1), (7, 13), (129, 64)])
+def test_accumulate(backend, M, F):
+    r = np.random.default_rng(1)
+    args = backend.prepare("accumulate", dict(y=r.standard_normal((M, F)), x=r.standard_normal((M, F))))
+    backend.close(backend.call("accumulate", args)["y"], twin.accumulate(**args), "y")
+
+
+@sanitize
 @pytest.mark.parametrize("n", [0, 1, 7, 100003])
 def test_sum_squares(backend, n):
     g = np.random.default_rng(1).standard_normal(n).astype(np.float32)
