@@ -1,4 +1,4 @@
-/* act.c - SwiGLU. */
+/* act.c - SwiGLU, and a sum. */
 #include "device.h"
 #include "ops.h"
 
@@ -31,4 +31,15 @@ void swiglu_forward(real *y, const real *gate, const real *up, size_t n) {
 void swiglu_backward(real *dgate, real *dup, const real *dy, const real *gate, const real *up, size_t n) {
   Swiglu s = {.y = dgate, .dup = dup, .dy = dy, .gate = gate, .up = up};
   parallel(swiglu_gradient, &s, n, 30);
+}
+
+static void add_range(void *arg, size_t i, size_t end, size_t worker) { /* up is x */
+  (void)worker;
+  const Swiglu *s = arg;
+  for (; i < end; i++) s->y[i] += s->up[i];
+}
+
+void accumulate(real *y, const real *x, size_t n) {
+  Swiglu s = {.y = y, .up = x};
+  parallel(add_range, &s, n, 1);
 }

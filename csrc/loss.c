@@ -1,6 +1,7 @@
-/* loss.c - lm_head, softmax, cross-entropy, KL to a teacher and their gradient, fused over chunks of the rows that count.
+/* loss.c - lm_head, softmax, cross-entropy, KL to a teacher and their gradient, fused over chunks of the rows that count; and the
+ * squared distance of two layers' outputs.
  *
- * The chunk's buffers come from device_alloc: linear_forward and linear_backward use device_scratch in between. */
+ * A chunk's buffers come from device_alloc: linear_forward and linear_backward use device_scratch in between. */
 #include "device.h"
 #include "ops.h"
 
@@ -168,4 +169,45 @@ void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, 
                       Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
                       size_t K) {
   lm_loss(ce, kl, dh, dw, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+}
+
+/* ---- squared error -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  float *y;
+  real *da;
+  const float *dy;
+  const real *a, *b;
+  size_t C;
+} SquaredError;
+
+static void squared_error_rows(void *arg, size_t m, size_t end, size_t worker) {
+  (void)worker;
+  const SquaredError *s = arg;
+  for (; m < end; m++) {
+    const real *a = s->a + m * s->C, *b = s->b + m * s->C;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t c = 0; c < s->C; c++) sum += (a[c] - b[c]) * (a[c] - b[c]);
+    s->y[m] = sum;
+  }
+}
+
+static void squared_error_gradient(void *arg, size_t m, size_t end, size_t worker) {
+  (void)worker;
+  const SquaredError *s = arg;
+  for (; m < end; m++) {
+    const float scale = 2 * s->dy[m];
+    for (size_t i = m * s->C; i < (m + 1) * s->C; i++) s->da[i] = scale * (s->a[i] - s->b[i]);
+  }
+}
+
+void squared_error_forward(float *y, const real *a, const real *b, size_t M, size_t C) {
+  SquaredError s = {.y = y, .a = a, .b = b, .C = C};
+  parallel(squared_error_rows, &s, M, 3.0 * C);
+}
+
+void squared_error_backward(real *da, const float *dy, const real *a, const real *b, size_t M, size_t C) {
+  SquaredError s = {.da = da, .dy = dy, .a = a, .b = b, .C = C};
+  parallel(squared_error_gradient, &s, M, 2.0 * C);
 }

@@ -1,4 +1,4 @@
-/* model.c - parameters, forward, backward, loss, optimiser step. decode.c has the State. */
+/* model.c - parameters, forward, backward, loss, alignment, optimiser step. decode.c has the State. */
 #include "model.h"
 
 #include <stdlib.h>
@@ -312,36 +312,54 @@ static void layer_layout(Model *m, size_t l, Saved *s, size_t M) {
   MIXER[m->kind[l]].layout(m, l, &m->arena, &s->acts, M);
 }
 
-/* in -> mid -> out; without gradients all three are one array. out NULL: recomputation, which needs no output. */
-static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
+/* A layer is mid = in + mixer(rmsnorm(in)), out = mid + mlp(rmsnorm(mid)); without gradients all three are one array. Its first half:
+ * to += mixer(rmsnorm(in)). */
+static void mix_forward(Model *m, const Call *k, size_t l, Saved *s, real *to) {
+  Mark before = mark(&m->arena);
+  const real *u = s->in; /* few tokens: the mixer's products take the norm along */
+  if (!k->few) {
+    real *normed = reals(&m->arena, k->M * m->c.width);
+    rmsnorm_forward(normed, s->in, vector(m->layer[l] + NORM1), m->c.eps, k->M, m->c.width);
+    u = normed;
+  }
+  MIXER[m->kind[l]].forward(k, l, &s->acts, to, u);
+  release(&m->arena, before);
+}
+
+/* to += mlp(rmsnorm(mid)). to NULL: recomputation, which needs gate and up alone. */
+static void mlp_forward(Model *m, const Call *k, size_t l, Saved *s, real *to) {
   const Param *p = m->layer[l];
   const size_t C = m->c.width, F = m->c.mlp, M = k->M;
-  Mark before = mark(&m->arena);
   if (k->few) {
-    MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, s->mid);
     swiglu_linear_forward(s->gate, s->mid, vector(p + NORM2), m->c.eps, matrix(p + GATE, 0), vector(p + BGATE), matrix(p + UP, 0), vector(p + BUP),
                           k->B, k->T, C, F);
-    linear_forward(out, s->gate, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
+    linear_forward(to, s->gate, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
     return;
   }
+  Mark before = mark(&m->arena);
   real *u = reals(&m->arena, M * C);
-  rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
-  if (s->mid != s->in) device_copy(s->mid, s->in, M * C * sizeof(real));
-  MIXER[m->kind[l]].forward(k, l, &s->acts, s->mid, u);
   rmsnorm_forward(u, s->mid, vector(p + NORM2), m->c.eps, M, C);
   linear_forward(s->gate, u, matrix(p + GATE, 0), vector(p + BGATE), 0, k->B, k->T, C, F);
   linear_forward(s->up, u, matrix(p + UP, 0), vector(p + BUP), 0, k->B, k->T, C, F);
-  if (out) {
-    real *act = out == s->mid ? s->gate : reals(&m->arena, M * F);
-    if (out != s->mid) device_copy(out, s->mid, M * C * sizeof(real));
+  if (to) {
+    real *act = to == s->mid ? s->gate : reals(&m->arena, M * F); /* nothing is kept where all is one array */
     swiglu_forward(act, s->gate, s->up, M * F);
-    linear_forward(out, act, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
+    linear_forward(to, act, matrix(p + DOWN, 0), vector(p + BDOWN), 1, k->B, k->T, F, C);
   }
   release(&m->arena, before);
 }
 
-/* dh: in the gradient of the layer's output, out that of its input. */
-static void layer_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh) {
+/* in -> mid -> out; out NULL: recomputation. */
+static void layer_forward(Model *m, const Call *k, size_t l, Saved *s, real *out) {
+  const size_t bytes = k->M * m->c.width * sizeof(real);
+  if (s->mid != s->in) device_copy(s->mid, s->in, bytes);
+  mix_forward(m, k, l, s, s->mid);
+  if (out && out != s->mid) device_copy(out, s->mid, bytes);
+  mlp_forward(m, k, l, s, out);
+}
+
+/* dh: in the gradient of out, out that of mid. */
+static void mlp_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh) {
   const Param *p = m->layer[l];
   const size_t C = m->c.width, F = m->c.mlp, M = k->M;
   Mark before = mark(&m->arena);
@@ -356,11 +374,17 @@ static void layer_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh
   linear_backward(du, gradient(m, p + UP), gradient(m, p + BUP), dup, u, matrix(p + UP, 0), 1, M, C, F);
   rmsnorm_backward(dh, gradient(m, p + NORM2), du, s->mid, vector(p + NORM2), m->c.eps, 1, M, C);
   release(&m->arena, before);
-  /* mid = in + mixer(rmsnorm(in)) */
-  u = reals(&m->arena, M * C), du = reals(&m->arena, M * C);
-  rmsnorm_forward(u, s->in, vector(p + NORM1), m->c.eps, M, C);
+}
+
+/* dh: in the gradient of mid, out that of in; `through` 0: only the parameters' gradients are wanted, dh is spent. */
+static void mix_backward(Model *m, Call *k, size_t l, const Saved *s, real *dh, int through) {
+  const Param *norm = m->layer[l] + NORM1;
+  const size_t C = m->c.width, M = k->M;
+  Mark before = mark(&m->arena);
+  real *u = reals(&m->arena, M * C), *du = through || gradient(m, norm) ? reals(&m->arena, M * C) : NULL;
+  rmsnorm_forward(u, s->in, vector(norm), m->c.eps, M, C);
   MIXER[m->kind[l]].backward(k, l, &s->acts, du, dh, u, &m->arena);
-  rmsnorm_backward(dh, gradient(m, p + NORM1), du, s->in, vector(p + NORM1), m->c.eps, 1, M, C);
+  if (du) rmsnorm_backward(through ? dh : NULL, gradient(m, norm), du, s->in, vector(norm), m->c.eps, 1, M, C);
   release(&m->arena, before);
 }
 
@@ -404,7 +428,8 @@ static void layers_backward(Model *m, Call *k, Saved *saved, real *dh, int recom
       layer_layout(m, l, saved + l, k->M);
       layer_forward(m, k, l, saved + l, NULL);
     }
-    layer_backward(m, k, l, saved + l, dh);
+    mlp_backward(m, k, l, saved + l, dh);
+    mix_backward(m, k, l, saved + l, dh, 1);
     release(&m->arena, before);
   }
   if (gradient(m, m->top + EMBED)) embedding_backward(gradient(m, m->top + EMBED), dh, k->ids, k->M, m->c.width);
@@ -506,5 +531,91 @@ int model_loss(Model *m, Model *teacher, float *out, const int32_t *ids, const i
   }
   device_pull(out, losses, 2 * M * sizeof *out);
   free(saved);
+  return 0;
+}
+
+/* ---- hidden states and alignment ----------------------------------------------------------------------------------------------------- */
+
+int model_hidden(Model *m, float *out, const int32_t *ids, const int32_t *layer, size_t n, int mid, const int32_t *prev, size_t B, size_t T) {
+  const size_t size = B * T * m->c.width;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) return -1;
+  arena_begin(&m->arena, &out_of_memory);
+  Rows rows = {.prev = prev};
+  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T);
+  real *h = reals(&m->arena, size);
+  embedding_forward(h, matrix(m->top + EMBED, 0), k.ids, k.M, m->c.width);
+  for (size_t l = 0, i = 0;; l++) {
+    if (!mid && i < n && l == (size_t)layer[i]) pull_floats(out + i++ * size, h, size);
+    if (i == n) return 0;
+    Saved s = {.in = h, .mid = h};
+    Mark before = mark(&m->arena);
+    layer_layout(m, l, &s, k.M);
+    mix_forward(m, &k, l, &s, h);
+    if (mid && l == (size_t)layer[i]) pull_floats(out + i++ * size, h, size);
+    mlp_forward(m, &k, l, &s, h);
+    release(&m->arena, before);
+  }
+}
+
+typedef struct {
+  Model *m;
+  Call k;
+  Saved s;
+  real *d; /* what the layer has added to its input so far: the stream itself is rounded more coarsely */
+} Side;
+
+/* Adds to d what a half of layer l, its mixer or then its MLP, adds to x. */
+static void add_half(Side *a, size_t l, real *x, int mlp) {
+  Arena *arena = &a->m->arena;
+  const size_t n = a->k.M * a->m->c.width;
+  if (mlp) {
+    device_copy(a->s.mid, x, n * sizeof *x);
+    accumulate(a->s.mid, a->d, n);
+    mlp_forward(a->m, &a->k, l, &a->s, a->d);
+    return;
+  }
+  a->d = reals(arena, n);
+  device_zero(a->d, n * sizeof *x);
+  a->s = (Saved){.in = x, .mid = reals(arena, n)};
+  layer_layout(a->m, l, &a->s, a->k.M);
+  mix_forward(a->m, &a->k, l, &a->s, a->d);
+}
+
+int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, const int32_t *layer, size_t n, const float *weight, int hidden,
+                int own, const int32_t *prev, size_t B, size_t T) {
+  const size_t M = B * T, C = m->c.width;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) return -1;
+  if (weight && model_gradients(m)) return -1;
+  arena_begin(&m->arena, &out_of_memory);
+  arena_begin(&teacher->arena, &out_of_memory);
+  Rows rows = {.prev = prev};
+  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T);
+  Side side[] = {{.m = m, .k = k}, {.m = teacher, .k = k}}, *lead = own ? side : side + 1;
+  side[1].k.m = teacher;
+  float *error = take(&m->arena, n * M * sizeof *error), *w = weight ? take(&m->arena, n * M * sizeof *w) : NULL;
+  if (w) device_push(w, weight, n * M * sizeof *w);
+  real *x = reals(&m->arena, M * C);
+  embedding_forward(x, matrix(lead->m->top + EMBED, 0), k.ids, M, C);
+  for (size_t l = 0, i = 0; i < n; l++) {
+    const int aligned = l == (size_t)layer[i], last = aligned && i + 1 == n;
+    const Mark before[] = {mark(&m->arena), mark(&teacher->arena)};
+    for (int mlp = 0; mlp < 2; mlp++) {
+      for (Side *a = side; a < side + 2; a++)
+        if ((aligned && mlp <= hidden) || (a == lead && !last)) add_half(a, l, x, mlp);
+      if (!aligned || mlp != hidden) continue;
+      squared_error_forward(error + i * M, side[0].d, side[1].d, M, C);
+      if (!w) continue;
+      real *dh = reals(&m->arena, M * C);
+      squared_error_backward(dh, w + i * M, side[0].d, side[1].d, M, C);
+      if (mlp) mlp_backward(m, &side->k, l, &side->s, dh);
+      mix_backward(m, &side->k, l, &side->s, dh, 0);
+    }
+    if (!last) accumulate(x, lead->d, M * C);
+    for (int j = 0; j < 2; j++) release(&side[j].m->arena, before[j]);
+    i += aligned;
+  }
+  device_pull(errors, error, n * M * sizeof *errors);
   return 0;
 }

@@ -185,6 +185,15 @@ int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, f
 int model_loss(Model *m, Model *teacher, float *losses, const int32_t *ids, const int32_t *target, const float *wce,
                const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
 
+/* The residual stream (n,M,C) host: what goes into the layers `layer` (n, rising; `layers` is what comes out of the last), or with `mid`
+ * what stands between their mixers and their MLPs. */
+int model_hidden(Model *m, float *out, const int32_t *ids, const int32_t *layer, size_t n, int mid, const int32_t *prev, size_t B, size_t T);
+/* Layer by layer, student m and teacher on the same input: errors (n,M) host, squared distances of what their mixers add to it, or with
+ * `hidden` of what the layers do, in the layers `layer` (n, rising). The input is the teacher's own, or with `own` the student's. weight
+ * (n,M) host: the gradient of sum weight errors goes to these layers of m, through nothing but the layer itself; NULL: none. */
+int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, const int32_t *layer, size_t n, const float *weight, int hidden,
+                int own, const int32_t *prev, size_t B, size_t T);
+
 real *reals(Arena *arena, size_t n);
 void arena_begin(Arena *arena, jmp_buf *out_of_memory); /* a call starts: everything taken before is free */
 Call begin_call(Model *m, State *s, const int32_t *ids, const Rows *rows, int extend, const int32_t *target, size_t last, size_t B, size_t T);

@@ -95,6 +95,8 @@ void gated_rmsnorm_backward(real *dx, real *dz, float *dw, const real *dy, const
 void swiglu_forward(real *y, const real *gate, const real *up, size_t n);
 /* dgate = dy * up * silu'(gate); dup = dy * silu(gate). dgate, dup may alias gate, up. */
 void swiglu_backward(real *dgate, real *dup, const real *dy, const real *gate, const real *up, size_t n);
+/* y += x, elementwise over n */
+void accumulate(real *y, const real *x, size_t n);
 
 /* ---- attention.c -------------------------------------------------------------------------------------------------- */
 
@@ -194,6 +196,11 @@ void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_
 void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
                       Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
                       size_t K);
+
+/* y[m] = sum_c (a[m,c] - b[m,c])^2, in float.   y (M) float  a, b (M,C) */
+void squared_error_forward(float *y, const real *a, const real *b, size_t M, size_t C);
+/* da[m,c] = 2 dy[m] (a[m,c] - b[m,c]).   dy (M) float */
+void squared_error_backward(real *da, const float *dy, const real *a, const real *b, size_t M, size_t C);
 
 /* ---- adamw.c ------------------------------------------------------------------------------------------------------- */
 

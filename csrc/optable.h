@@ -43,6 +43,7 @@ ROW(swiglu_forward, "gate:mf up:mf -> y:mf", "", 0, "y = silu(gate) up (Shazeer 
     swiglu_forward(r(2), r(0), r(1), n['m'] * n['f']))
 ROW(swiglu_backward, "dy:mf gate:mf up:mf -> dgate:mf dup:mf", "", 0, "dgate =, dup =.",
     swiglu_backward(r(3), r(4), r(0), r(1), r(2), n['m'] * n['f']))
+ROW(accumulate, "y!:mf x:mf ->", "", 0, "y += x, elementwise.", accumulate(r(0), r(1), n['m'] * n['f']))
 ROW(rope_forward, "x:bthp position@:bt inv_freq%:q scale%?:1 -> y:bthp", "p=2*q", 0,
     "Rotary embedding, half-rotation layout (Su et al. 2021); scale (default 1) multiplies cos and sin.",
     rope_forward(r(4), r(0), i32(1), f(2), num(3, 1), n['b'] * n['t'], n['h'], n['p']))
@@ -101,6 +102,10 @@ ROW(lm_loss_backward, LOSS_ARGS "dw%!?:vc -> ce%:m kl%:m dh:mc", "v>0", 0,
     "lm_loss_forward and the gradient of sum wce ce + wkl kl: dh =, dw +=.",
     lm_loss_backward(f(10), f(11), r(12), f(9), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0),
                           n['m'], n['c'], n['v'], n['k']))
+ROW(squared_error_forward, "a:mc b:mc -> y%:m", "", 0, "y = the sum over c of (a - b)^2.",
+    squared_error_forward(f(2), r(0), r(1), n['m'], n['c']))
+ROW(squared_error_backward, "dy%:m a:mc b:mc -> da:mc", "", 0, "da = 2 dy (a - b).",
+    squared_error_backward(r(3), f(0), r(1), r(2), n['m'], n['c']))
 ROW(adamw, "w%!:n m#!:n v#!:n grad%:n lr%:1 b1%:1 b2%:1 eps%:1 decay%:1 step@:1 gscale%?:1 key@?:1 ->", "", 0,
     "AdamW with decoupled decay (Loshchilov & Hutter 2019); gradients are multiplied by gscale (default 1) first. Moments in bf16 are\n"
     "rounded at random, by Philox(key, index, step).",

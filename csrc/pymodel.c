@@ -35,13 +35,14 @@ static PyObject *finish(const char *where, int failed) {
   Py_RETURN_NONE;
 }
 
-/* A result, unless something failed on the device. */
-static PyObject *checked(const char *where, PyObject *result) {
-  PyObject *none = result ? finish(where, 0) : NULL;
+/* A result, unless something failed. */
+static PyObject *unless(int failed, const char *where, PyObject *result) {
+  PyObject *none = result ? finish(where, failed) : NULL;
   if (!none) Py_CLEAR(result);
   Py_XDECREF(none);
   return result;
 }
+static PyObject *checked(const char *where, PyObject *result) { return unless(0, where, result); }
 
 /* ---- Model: construction ---------------------------------------------------------------------------------------------------- */
 
@@ -489,16 +490,24 @@ static PyObject *model_logits_(PyObject *self, PyObject *args, PyObject *kwargs)
   if (!out || !B || !T) return out;
   int failed;
   COMPUTE(failed = model_logits(&o->m, state ? &state->s : NULL, PyArray_DATA((PyArrayObject *)out), ids, &rows, extend, last >= 0, n, B, T))
-  PyObject *none = finish("Model.logits", failed);
-  if (!none) Py_CLEAR(out);
-  Py_XDECREF(none);
-  return out;
+  return unless(failed, "Model.logits", out);
 }
 
 static float *floats(PyObject *value, const char *name, size_t n) {
   PyArrayObject *a = (PyArrayObject *)value;
   if (PyArray_Check(value) && PyArray_TYPE(a) == NPY_FLOAT32 && PyArray_ISCARRAY_RO(a) && (size_t)PyArray_SIZE(a) == n) return PyArray_DATA(a);
   PyErr_Format(PyExc_ValueError, "argument '%s' must be a C-contiguous float32 array of %zu entries", name, n);
+  return NULL;
+}
+
+static Model *read_teacher(const ModelObject *student, PyObject *value) {
+  if (!PyObject_TypeCheck(value, model_type) || value == (PyObject *)student) {
+    PyErr_SetString(PyExc_ValueError, "argument 'teacher' must be another Model of the same backend");
+    return NULL;
+  }
+  Model *t = &((ModelObject *)value)->m;
+  if (t->c.vocab == student->m.c.vocab) return t;
+  PyErr_Format(PyExc_ValueError, "the teacher's vocabulary has %zu tokens, the student's %zu", t->c.vocab, student->m.c.vocab);
   return NULL;
 }
 
@@ -516,11 +525,8 @@ static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
       read_ids(ids_value, &o->m, &ids, &B, &T) || !(target = ints(target_value, "targets", B * T, INT32_MIN, (long)o->m.c.vocab - 1)) ||
       !(wce = floats(wce_value, "wce", B * T)) || !(wkl = floats(wkl_value, "wkl", B * T)))
     return NULL;
-  if (teacher != Py_None && (!PyObject_TypeCheck(teacher, model_type) || teacher == self))
-    return PyErr_Format(PyExc_ValueError, "argument 'teacher' must be another Model of the same backend");
-  Model *t = teacher == Py_None ? NULL : &((ModelObject *)teacher)->m;
-  if (t && t->c.vocab != o->m.c.vocab)
-    return PyErr_Format(PyExc_ValueError, "the teacher's vocabulary has %zu tokens, the student's %zu", t->c.vocab, o->m.c.vocab);
+  Model *t = NULL;
+  if (teacher != Py_None && !(t = read_teacher(o, teacher))) return NULL;
   if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
   if (check_rows("loss", NULL, before, 0, B, T, B)) return NULL;
   npy_intp shape[3] = {2, (npy_intp)B, (npy_intp)T};
@@ -528,10 +534,64 @@ static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
   int failed = 0;
   if (!out) return NULL;
   if (B && T) COMPUTE(failed = model_loss(&o->m, t, PyArray_DATA((PyArrayObject *)out), ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
-  PyObject *none = finish("Model.loss", failed);
-  if (!none) Py_CLEAR(out);
-  Py_XDECREF(none);
-  return out;
+  return unless(failed, "Model.loss", out);
+}
+
+/* Rising numbers of layers, 0 to `most`. */
+static const int32_t *rising_layers(PyObject *value, size_t most, size_t *n) {
+  *n = PyArray_Check(value) ? (size_t)PyArray_SIZE((PyArrayObject *)value) : 0;
+  const int32_t *layer = ints(value, "layers", *n, 0, (long)most);
+  for (size_t i = 1; layer && i < *n; i++)
+    if (layer[i] <= layer[i - 1]) {
+      PyErr_Format(PyExc_ValueError, "argument 'layers' must rise, got %d after %d", (int)layer[i], (int)layer[i - 1]);
+      return NULL;
+    }
+  return layer;
+}
+
+static PyObject *model_hidden_(PyObject *self, PyObject *args) {
+  Model *m = &((ModelObject *)self)->m;
+  PyObject *ids_value, *layer_value, *prev;
+  const int32_t *ids, *layer, *before = NULL;
+  int mid;
+  size_t B, T, n;
+  if (!PyArg_ParseTuple(args, "OOOp", &ids_value, &layer_value, &prev, &mid) || read_ids(ids_value, m, &ids, &B, &T)) return NULL;
+  if (!(layer = rising_layers(layer_value, m->c.layers - (size_t)mid, &n))) return NULL;
+  if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
+  if (check_rows("hidden", NULL, before, 0, B, T, B)) return NULL;
+  npy_intp shape[4] = {(npy_intp)n, (npy_intp)B, (npy_intp)T, (npy_intp)m->c.width};
+  PyObject *out = PyArray_SimpleNew(4, shape, NPY_FLOAT32);
+  int failed = 0;
+  if (!out) return NULL;
+  if (B && T) COMPUTE(failed = model_hidden(m, PyArray_DATA((PyArrayObject *)out), ids, layer, n, mid, before, B, T))
+  return unless(failed, "Model.hidden", out);
+}
+
+static PyObject *model_align_(PyObject *self, PyObject *args) {
+  ModelObject *o = (ModelObject *)self;
+  PyObject *ids_value, *teacher, *layer_value, *weight_value, *prev;
+  const int32_t *ids, *layer, *before = NULL;
+  const float *weight = NULL;
+  int hidden, own;
+  size_t B, T, n;
+  if (!PyArg_ParseTuple(args, "OOOOppO", &ids_value, &teacher, &layer_value, &weight_value, &hidden, &own, &prev) ||
+      read_ids(ids_value, &o->m, &ids, &B, &T))
+    return NULL;
+  Model *t = read_teacher(o, teacher);
+  if (!t) return NULL;
+  if (t->c.width != o->m.c.width || t->c.layers != o->m.c.layers)
+    return PyErr_Format(PyExc_ValueError, "the teacher has %zu layers of width %zu, the student %zu of width %zu", t->c.layers, t->c.width,
+                        o->m.c.layers, o->m.c.width);
+  if (!(layer = rising_layers(layer_value, o->m.c.layers - 1, &n))) return NULL;
+  if (weight_value != Py_None && !(weight = floats(weight_value, "weights", n * B * T))) return NULL;
+  if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
+  if (check_rows("align", NULL, before, 0, B, T, B)) return NULL;
+  npy_intp shape[3] = {(npy_intp)n, (npy_intp)B, (npy_intp)T};
+  PyObject *out = PyArray_SimpleNew(3, shape, NPY_FLOAT32);
+  int failed = 0;
+  if (!out) return NULL;
+  if (B && T) COMPUTE(failed = model_align(&o->m, t, PyArray_DATA((PyArrayObject *)out), ids, layer, n, weight, hidden, own, before, B, T))
+  return unless(failed, "Model.align", out);
 }
 
 /* One round (model.h, Round): checks against both States here. */
@@ -616,6 +676,8 @@ static PyMethodDef model_methods[] = {
      "-> (proposed, accepted, token, logits or None)"},
     {"loss", (PyCFunction)(void (*)(void))model_loss_, METH_VARARGS | METH_KEYWORDS,
      "loss(ids, targets, wce, wkl, teacher, prev, temperature, kind, backward, recompute) -> sums of ce and kl over rows"},
+    {"hidden", model_hidden_, METH_VARARGS, "hidden(ids, layers, prev, mid) -> the stream before these layers, or in their middle"},
+    {"align", model_align_, METH_VARARGS, "align(ids, teacher, layers, weights or None, hidden, own_prefix, prev) -> squared errors (layers, B, T)"},
     {0}};
 
 /* ---- State ------------------------------------------------------------------------------------------------------------------------------ */

@@ -1,4 +1,4 @@
-/* act.cu - SwiGLU. */
+/* act.cu - SwiGLU, and a sum. */
 #include "common.cuh"
 
 /* dgate, dup NULL: forward, y = silu(gate) up; else backward from dy. 16 bytes a thread where the arrays allow it. */
@@ -49,3 +49,20 @@ static void run(real *y, real *dup, const real *dy, const real *gate, const real
 
 void swiglu_forward(real *y, const real *gate, const real *up, size_t n) { run(y, nullptr, nullptr, gate, up, n); }
 void swiglu_backward(real *dgate, real *dup, const real *dy, const real *gate, const real *up, size_t n) { run(dgate, dup, dy, gate, up, n); }
+
+static __global__ void add(real *y, const real *x, size_t n, bool whole) {
+  const size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  each_piece(n, whole, (int)first, (int)(gridDim.x * blockDim.x), [&](auto N, size_t i) {
+    float a[N], b[N];
+    load_piece(a, y + i);
+    load_piece(b, x + i);
+#pragma unroll
+    for (int k = 0; k < N; k++) a[k] += b[k];
+    store_piece(y + i, a);
+  });
+}
+
+void accumulate(real *y, const real *x, size_t n) {
+  const bool whole = all_aligned(y, x);
+  LAUNCH(add, blocks_for(whole ? ceil_div(n, REALS_16) : n, 256, 16 * multiprocessors()), 256, 0, y, x, n, whole);
+}

@@ -1,4 +1,5 @@
-/* loss.cu - lm_head, softmax, cross-entropy, KL to a teacher and their gradient, over chunks of rows.
+/* loss.cu - lm_head, softmax, cross-entropy, KL to a teacher and their gradient, over chunks of rows; and the squared distance of two
+ * layers' outputs.
  *
  * A chunk's logits are floats; its gradient, of type `real`, goes into the student's logits where that is the same type. A
  * block takes a row: once through it for maxima and sums, once for KL and the gradient, once more where that needs KL. */
@@ -183,6 +184,32 @@ void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w,
   device_free(z);
 }
 
+/* A warp a row. da NULL: y = the row's sum of squares; else da = 2 dy (a - b). */
+__global__ void squared_error(float *y, real *da, const float *dy, const real *a, const real *b, size_t M, size_t C, bool whole) {
+  const int lane = threadIdx.x % 32;
+  const size_t warps = blockDim.x / 32, stride = gridDim.x * warps;
+  for (size_t m = blockIdx.x * warps + threadIdx.x / 32; m < M; m += stride) {
+    const real *p = a + m * C, *q = b + m * C;
+    const float scale = da ? 2 * dy[m] : 0;
+    float sum = 0;
+    each_piece(C, whole, lane, 32, [&](auto N, size_t c) {
+      float v[N], w[N];
+      load_piece(v, p + c);
+      load_piece(w, q + c);
+#pragma unroll
+      for (int k = 0; k < N; k++) v[k] -= w[k], sum += v[k] * v[k], v[k] *= scale;
+      if (da) store_piece(da + m * C + c, v);
+    });
+    sum = warp_sum(sum);
+    if (!da && lane == 0) y[m] = sum;
+  }
+}
+
+void run_squared_error(float *y, real *da, const float *dy, const real *a, const real *b, size_t M, size_t C) {
+  const bool whole = C % REALS_16 == 0 && all_aligned(da, a, b);
+  LAUNCH(squared_error, blocks_for(M, 256 / 32, 16 * multiprocessors()), 256, 0, y, da, dy, a, b, M, C, whole);
+}
+
 }  // namespace
 
 void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
@@ -193,4 +220,10 @@ void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, 
                       Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
                       size_t K) {
   lm_loss(ce, kl, dh, dw, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+}
+void squared_error_forward(float *y, const real *a, const real *b, size_t M, size_t C) {
+  run_squared_error(y, nullptr, nullptr, a, b, M, C);
+}
+void squared_error_backward(real *da, const float *dy, const real *a, const real *b, size_t M, size_t C) {
+  run_squared_error(nullptr, da, dy, a, b, M, C);
 }

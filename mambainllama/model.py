@@ -43,6 +43,31 @@ def _prev(value, shape):
         raise ValueError(f"argument 'prev' must have the shape of ids {shape}, got {array.shape}") from None
 
 
+def _floats(value, name, shape):
+    """A float32 array of `shape`; a number is meant for every entry."""
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"argument {name!r} must be an array of numbers") from None
+    if array.shape not in ((), shape):
+        raise ValueError(f"argument {name!r} must be a number or have the shape {shape}, got {array.shape}")
+    return np.broadcast_to(array, shape)
+
+
+def _layers(value):
+    layers = _int32(value, "layers")
+    if layers.ndim != 1:
+        raise ValueError(f"argument 'layers' must be a list of numbers, got shape {layers.shape}")
+    return layers
+
+
+def _ids(ids):
+    ids = _int32(ids, "ids")
+    if ids.ndim != 2:
+        raise ValueError(f"argument 'ids' must have shape (batch, tokens), got {ids.shape}")
+    return ids
+
+
 def _ids_and_targets(ids, targets):
     ids, targets = _int32(ids, "ids"), _int32(targets, "targets")
     if ids.ndim != 2 or targets.shape != ids.shape:
@@ -183,9 +208,7 @@ class Model:
         otherwise are dropped.  prev (B,T): the token before t: t-1, -1 the incoming state, -2 nothing (no state then).
         ValueError, state untouched: ids out of range, capacity exceeded, a slot twice, another model's state, a bad prev.
         """
-        ids = _int32(ids, "ids")
-        if ids.ndim != 2:
-            raise ValueError(f"argument 'ids' must have shape (batch, tokens), got {ids.shape}")
+        ids = _ids(ids)
         batch, length = ids.shape
         keep, slot = _rows(keep, "keep", batch), _rows(slot, "slot", batch)
         if extend and keep is None:
@@ -217,8 +240,7 @@ class Model:
         if kl and teacher is None:
             raise ValueError("kl > 0 needs a teacher")
         if teacher is not None:
-            if teacher.module is not self.module:
-                raise ValueError(f"student and teacher must be on one backend, got {self.module.__name__} and {teacher.module.__name__}")
+            self._check_teacher(teacher)
             teacher._set_rope(ids.shape[1])
         self._set_rope(ids.shape[1])
         mask = (targets >= 0).astype(np.float32)
@@ -241,6 +263,49 @@ class Model:
         losses = self.c.loss(ids, targets, given, np.zeros_like(mask), None, _prev(prev, ids.shape), 1.0, 0, weights is not None, recompute)
         return np.where(mask > 0, -losses[0], np.float32(0))
 
+    def hidden(self, ids, layers, prev=None, mid=False):
+        """The residual stream: float32 (n,B,T,C), for each of the n rising `layers` what goes into it (before its first norm); the number
+        of layers stands for what comes out of the last (before the final norm). mid: what stands between its mixer and its MLP
+        instead, so that mid - input is what the mixer adds. ids, prev (B,T) as in logits.  ValueError: no such layer."""
+        ids = _ids(ids)
+        self._set_rope(ids.shape[1])
+        return self.c.hidden(ids, _layers(layers), _prev(prev, ids.shape), mid)
+
+    def align(self, ids, teacher, what="mixer", layers=None, prev=None, weights=None, mask=None, own_prefix=False, backward=False):
+        """How far this model's layers are from `teacher`'s when both read the same: squared errors, float32 (n,B,T).
+
+        For each of the n rising `layers` (default: those whose kinds differ) both models' layer reads one residual stream, and the error
+        of a position is the sum over channels of (student - teacher)²: of what their mixers add to it ("mixer"), or of the layers'
+        outputs ("hidden"; both are compared before the stream is added, which in bf16 would round them away). That stream is the teacher's own; own_prefix: what this model's layers before it give.
+        mask (B,T): 0 where a position does not count, and its error reads 0.  ids, prev (B,T) as in logits.
+        backward: adds the gradient of the sum of weights[i] · mask · error over layers and positions (weights (n): default 1). It stays in
+        the layer: what comes before only makes its input.  Layers are run once and one at a time, up to the last that is
+        compared: both models' activations of one layer are held, so there is nothing to recompute.
+        ValueError: a teacher of other sizes or on another backend, layers that do not rise, wrong shapes.
+
+        MOHAWK's second stage (arXiv 2408.10189; "mixer" where its MLPs are frozen) and RADLADS' first step (arXiv 2505.03005, "mixer");
+        their code minimises the distance, this is its square.
+        """
+        ids = _ids(ids)
+        if what not in ("mixer", "hidden"):
+            raise ValueError(f"what is {what!r}, expected 'mixer' or 'hidden'")
+        self._check_teacher(teacher)
+        for model in (self, teacher):
+            model._set_rope(ids.shape[1])
+        if layers is None:
+            layers = [i for i, pair in enumerate(zip(self.layer_kinds, teacher.layer_kinds)) if pair[0] != pair[1]]
+        layers = _layers(layers)
+        mask = _floats(1 if mask is None else mask, "mask", ids.shape)
+        weights = _floats(1 if weights is None else weights, "weights", layers.shape)
+        given = np.ascontiguousarray(weights[:, None, None] * mask) if backward else None
+        errors = self.c.align(ids, teacher.c, layers, given, what == "hidden", own_prefix, _prev(prev, ids.shape))
+        return np.where(mask != 0, errors, np.float32(0))
+
+    def _check_teacher(self, teacher):
+        if not isinstance(teacher, Model):
+            raise ValueError(f"argument 'teacher' must be a Model, got {type(teacher).__name__}")
+        if teacher.module is not self.module:
+            raise ValueError(f"student and teacher must be on one backend, got {self.module.__name__} and {teacher.module.__name__}")
 
 class State:
     """What decoding remembers of `batch` sequences of up to `capacity` tokens: K/V rows, conv inputs, SSM checkpoints and the

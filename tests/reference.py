@@ -109,6 +109,11 @@ def swiglu(gate, up):
     return silu(f64(gate)) * f64(up)
 
 
+def accumulate(y, x):
+    """y + x"""
+    return f64(y) + f64(x)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +270,11 @@ def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0,
     wce, wkl = loss_weights(target, th, wce, wkl)
     skipped = (wce == 0) & (wkl == 0)
     return np.where(skipped, 0, ce), np.where(skipped, 0, kl)
+
+
+def squared_error(a, b):
+    """y[m] = sum_c (a[m,c] - b[m,c])^2.   a, b (M,C)  ->  y (M)"""
+    return ((f64(a) - f64(b)) ** 2).sum(-1)
 
 
 def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0, key=0):

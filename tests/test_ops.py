@@ -115,6 +115,10 @@ def draw_lm_loss(r, M, C, V, K=0, temperature=None, kind=None, weights=False, ig
     return args
 
 
+def draw_squared_error(r, M, C, spread=1):
+    return dict(a=spread * r.standard_normal((M, C)), b=r.standard_normal((M, C)))
+
+
 CASES = [
     ("linear", "one row, odd widths", dict(B=1, T=1, K=5, O=3)),
     ("linear", "two tokens, no bias", dict(B=1, T=2, K=64, O=33, bias=False)),
@@ -227,6 +231,9 @@ CASES = [
     ("lm_loss", "nothing counts", dict(M=5, C=8, V=30, K=6, ignore=1)),
     ("lm_loss", "exp of the logits overflows", dict(M=20, C=16, V=40, K=6, spread=20)),
     ("lm_loss", "rows in chunks, vocabulary in blocks", dict(M=200, C=16, V=1001, K=16)),
+    ("squared_error", "one element", dict(M=1, C=1)),
+    ("squared_error", "odd width", dict(M=7, C=13)),
+    ("squared_error", "vectors, many rows", dict(M=129, C=264, spread=30)),
 ]
 SANITIZED = {  # the cases that also run under compute-sanitizer: a few a kernel, some with tails
     "linear": ("odd everything", "bf16 matrix, few tokens", "bf16 matrix, many tokens"), "embedding": ("bf16 matrix",),
@@ -236,7 +243,7 @@ SANITIZED = {  # the cases that also run under compute-sanitizer: a few a kernel
     "conv1d": ("odd channels, no bias", "long, wide", "blocks of 16 repeated (Mamba-1)", "a tree after a past"),
     "selective_scan": ("grouped B, odd state", "tail after chunks", "resumes, ragged keep"),
     "ssd": ("three heads a group, odd sizes", "the head of 8B models", "documents across chunks", "resumes, ragged keep"),
-    "lm_loss": ("temperature", "bf16 matrices")}
+    "lm_loss": ("temperature", "bf16 matrices"), "squared_error": ("odd width", "vectors, many rows")}
 sanitize = pytest.mark.sanitize
 OUTPUTS = {"attention": ("o", "lse", "kcache", "vcache"), "conv1d": ("y", "cache"), "selective_scan": ("y", "state"),
            "ssd": ("y", "state"), "lm_loss": ("ce", "kl")}
@@ -324,6 +331,14 @@ def test_bf16_moments_move_by_less_than_their_bits(backend):
 
 
 @sanitize
+@pytest.mark.parametrize("M, F", [(1, 1), (7, 13), (129, 64)])
+def test_accumulate(backend, M, F):
+    r = np.random.default_rng(1)
+    args = backend.prepare("accumulate", dict(y=r.standard_normal((M, F)), x=r.standard_normal((M, F))))
+    backend.close(backend.call("accumulate", args)["y"], twin.accumulate(**args), "y")
+
+
+@sanitize
 @pytest.mark.parametrize("n", [0, 1, 7, 100003])
 def test_sum_squares(backend, n):
     g = np.random.default_rng(1).standard_normal(n).astype(np.float32)
@@ -346,7 +361,7 @@ def test_transfer(backend, dst, src):
 WANTED = {"linear": ("x", "w", "bias"), "embedding": ("w",), "rmsnorm": ("x", "w"), "gated_rmsnorm": ("x", "z", "w"),
           "swiglu": ("gate", "up"), "rope": ("x",), "attention": ("q", "k", "v"), "conv1d": ("x", "w", "bias"),
           "selective_scan": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "z", "state"),
-          "ssd": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "state"), "lm_loss": ("h", "w")}
+          "ssd": ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "state"), "lm_loss": ("h", "w"), "squared_error": ("a",)}
 # dA_log of a head sums T P N terms of both signs; where they nearly cancel, float32 autograd of the plain loop is off by 1e-5.
 LOOSER = {"A_log": 10}
 GRADIENT_CASES = [c for c in CASES if "pos" not in c[2] and c[2].get("T") != 0]
