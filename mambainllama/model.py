@@ -276,7 +276,8 @@ class Model:
 
         For each of the n rising `layers` (default: those whose kinds differ) both models' layer reads one residual stream, and the error
         of a position is the sum over channels of (student - teacher)²: of what their mixers add to it ("mixer"), or of the layers'
-        outputs ("hidden"; both are compared before the stream is added, which in bf16 would round them away). That stream is the teacher's own; own_prefix: what this model's layers before it give.
+        outputs ("hidden"); both are compared before the stream is added, which in bf16 would round small differences away. That stream
+        is the teacher's own; own_prefix: what this model's layers before it give.
         mask (B,T): 0 where a position does not count, and its error reads 0.  ids, prev (B,T) as in logits.
         backward: adds the gradient of the sum of weights[i] · mask · error over layers and positions (weights (n): default 1). It stays in
         the layer: what comes before only makes its input.  Layers are run once and one at a time, up to the last that is
@@ -306,6 +307,7 @@ class Model:
             raise ValueError(f"argument 'teacher' must be a Model, got {type(teacher).__name__}")
         if teacher.module is not self.module:
             raise ValueError(f"student and teacher must be on one backend, got {self.module.__name__} and {teacher.module.__name__}")
+
 
 class State:
     """What decoding remembers of `batch` sequences of up to `capacity` tokens: K/V rows, conv inputs, SSM checkpoints and the
