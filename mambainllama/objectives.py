@@ -4,16 +4,16 @@ Alignment (MOHAWK, arXiv 2408.10189; RADLADS, arXiv 2505.03005): the teacher's h
 student's layer and the teacher's, and their outputs are compared, all layers in one pass and no gradient from one to another:
   error = mean over layers l of  sum |student's output - teacher's|^2 / (tokens · V_l)
 V_l is the teacher's variance: of what its mixer ("mixer") or its whole layer ("hidden") adds to the hidden state, summed over channels, on
-the first batches of the data; so 1 is a layer that adds the mean, and 0 the teacher's. Every token of a document with an answer counts.
-on_policy: the student's own hidden state goes in instead. A layer after whose stage the KL to the teacher is lower with the weights that
-it had before the stage gets these back, and is named in the stage's record ("rolled_back")."""
+the first rows of the data; so 1 is a layer that adds the mean, and 0 the teacher's. Every token of a document with an answer counts.
+on_policy: the student's own hidden state goes in instead. At the stage's end the layers take over what they have learned one after the
+other; one with which the KL to the teacher rises gets its weights of before back, and is named in the stage's record ("rolled_back")."""
 import numpy as np
 
 from .data import START, Batches, read
 from .model import fits
 from .weights import replacing
 
-SAMPLE = 4  # batches that a stage's variances and rollbacks are measured on
+SAMPLE = 32  # rows that a stage's variances and rollbacks are measured on
 
 
 class LanguageModelling:
@@ -112,27 +112,34 @@ class Alignment(LanguageModelling):
         return [name for name in self.model.names if name.startswith(f"model.layers.{layer}.") and fits(name, self.recipe["train"])]
 
     def _roll_back(self, data):
-        """Gives layers their weights of before where that lowers the KL, one after the other; → their numbers."""
+        """From the weights of before on, each layer in turn gets what it has learned, and keeps it unless the KL rises; → those that did not."""
         judge = LanguageModelling(self.model, self.reference, {**self.recipe, "ce": 0.0, "kl": 1.0, "kl_kind": "forward"})
+        learned = {name: self.model.raw(name) for name in self.before}
+        self._set(self.before)
         best, rolled_back = evaluate(judge, lambda: _some(data))["kl"], []
         for layer in self.layers:
-            now = {name: self.model.raw(name) for name in self._names(layer)}
-            for name in now:
-                self.model.set(name, self.before[name])
+            self._set({name: learned[name] for name in self._names(layer)})
             kl = evaluate(judge, lambda: _some(data))["kl"]
-            if kl < best:
+            if kl <= best:
                 best = kl
-                rolled_back.append(layer)
             else:
-                for name, value in now.items():
-                    self.model.set(name, value)
+                rolled_back.append(layer)
+                self._set({name: self.before[name] for name in self._names(layer)})
         return rolled_back
+
+    def _set(self, weights):
+        for name, value in weights.items():
+            self.model.set(name, value)
 
 
 def _some(data):
-    """The first batches of data's pass."""
-    for _, batch in zip(range(SAMPLE), data.once()):
+    """The first batches of data's pass, until they have SAMPLE rows."""
+    count = 0
+    for batch in data.once():
         yield batch
+        count += len(batch[0])
+        if count >= SAMPLE:
+            return
 
 
 def _in_use(batch):
