@@ -50,10 +50,10 @@ def demo(out="demo", device="cpu", seed=0, teacher_steps=None, steps=STEPS):
     half = [i for i in layers if i not in kept_attention(len(layers), 0.5)]
     quarter = [i for i in layers if i not in kept_attention(len(layers), 0.25)]
     models = {"teacher": teacher}
-    for init in ("attention", "identity", "random"):
+    for init in ("attention", "calibrated", "random"):
         student = teacher
         for name, mamba in {"½ attention": half, "¼ attention": quarter, "no attention": list(layers)}.items():
-            if name == "no attention" and init != "identity":
+            if name == "no attention" and init != "calibrated":
                 continue
             title, student = f"{name}, {init} init", convert(student, mamba_layers=[])  # each starts from the one before
             print(f"     {title}: {steps} steps")
@@ -62,7 +62,7 @@ def demo(out="demo", device="cpu", seed=0, teacher_steps=None, steps=STEPS):
             models[title] = student
     print("3/4  measuring: loss, KL, answers, speed, memory")
     results = [_measure(title, model, teacher, held_out) for title, model in models.items()]
-    speculation = _speculate(teacher, models["no attention, identity init"], held_out[:200])
+    speculation = _speculate(teacher, models["no attention, calibrated init"], held_out[:200])
     print("4/4  report\n")
     print(_table(results) + "\n")
     print("\n".join([*_verdicts(results), speculation["sentence"]]))
@@ -137,7 +137,7 @@ def _verdicts(results):
     by = {row["model"]: row for row in results}
     yield "Questions answered exactly, mean of the tasks: " + "; ".join(f"{title} {row['mean']:.0%}" for title, row in by.items()) + "."
     for share in ("½ attention", "¼ attention"):
-        for init, start in (("attention", "the attention's projections"), ("identity", "the projections and identity convolutions")):
+        for init, start in (("attention", "the attention's projections"), ("calibrated", "the projections, calibrated")):
             a, r = by[f"{share}, {init} init"], by[f"{share}, random init"]
             gap = a["kl"] - r["kl"]
             word = ("about as close to the teacher as" if abs(gap) < TIE * max(a["kl"], r["kl"]) else
@@ -172,8 +172,8 @@ def _page(out, summary, models):
     return page("From a Llama to a Mamba hybrid", f"""
 <p>A small Llama, the teacher, was trained for {summary['teacher_steps']} steps on chats of four tasks with checkable answers (seed {summary['seed']}).
 In a copy of it half of the attention layers were replaced by Mamba-2 mixers, which started from the attention's own projections (v → x, k → B,
-q → C, o → out; “attention”), from these with convolutions that pass their input on, so that k and q still match (“identity”), or at random,
-with random convolutions as in the first. The copy was distilled from the teacher for {summary['steps']} steps. From that student the one with a
+q → C, o → out; “attention”), from these with convolutions that pass their input on and with decays, gates and scales set to what the teacher's
+attention does on a sample of the chats (“calibrated”), or at random, with random convolutions as in the first. The copy was distilled from the teacher for {summary['steps']} steps. From that student the one with a
 quarter of the attention was made in the same way, and from that the one without, so these have learned two and three times as long. All starts
 had the same data, steps and learning rate, and all parameters learned. Each was run once: another seed may order them otherwise.</p>
 <p>{HELD_OUT} chats drawn with another seed are what is measured: their facts and strings were drawn anew, but of the 144 sums nearly all were
