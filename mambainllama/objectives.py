@@ -19,6 +19,8 @@ SAMPLE = 32  # rows that a stage's variances and rollbacks are measured on
 class LanguageModelling:
     """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev).
 
+    With kl_kind "paper" and temperature 1 it is a batch's loss in the original code (jxiw/MambaInLlama, train_mamba2/train_hybrid.py), ce and
+    kl its ce_weight and kl_weight. That averages the cross-entropies of its micro-batches; here every token that counts weighs the same.
     An objective has these methods, and `reference`, the model that it measures by (or None); its metrics are what `counts` names.
     answers: as read in data.py."""
 

@@ -1,14 +1,25 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290): pairs of answers, and the objective over them.
 
-A row is {"prompt": …, "chosen": …, "rejected": …}: prompt a list of messages, the answers lists of messages or a string; or all three
-lists of token ids, for models without a tokenizer. What counts is the assistant's part of the answer. A prompt of more than
-prompt_length tokens loses its beginning, an answer its end where a sequence would pass `length`; so an answer's start stays, and is
-the same text for both models.
+A row is {"prompt": …, "chosen": …, "rejected": …}: prompt a list of messages, or a string, a user's message; the answers lists of messages,
+or strings, the assistant's; or all three lists of token ids, for models without a tokenizer. Answers may be whole chats, as in
+UltraFeedback: their prompt is the messages that both begin with, and "prompt" may be left out. What counts is the assistant's messages in
+the answer, with the end that the template gives them.
+Where the longer sequence of a pair would pass `length`, both lose the same beginning of their prompt, no more than is needed, and
+prompt_length tokens of it stay; then an answer loses its end. So an answer's start stays, and is the same text for both models.
 
 With r(y) = log p(y | prompt) - log p_reference(y | prompt), sums over the answer's tokens, and m = r(chosen) - r(rejected):
   sigmoid: -(1 - label_smoothing) log s(beta m) - label_smoothing log s(-beta m), s the logistic function
-  ipo:     (m - 1 / (2 beta))^2   (Azar et al. 2023, arXiv 2310.12036)
-The reference's log-probabilities are computed once, before the first step, and kept beside the run."""
+  ipo:     (r(chosen) / |chosen| - r(rejected) / |rejected| - 1 / (2 beta))^2, |y| the answer's tokens (Azar et al. 2023, arXiv 2310.12036;
+           means, by its authors' word in huggingface/trl pull request 1265, or beta would depend on lengths)
+The reference's log-probabilities are computed once, before the first step, and kept beside the run.
+
+Loss and metrics are those of TRL 1.16's DPOTrainer on rows of messages (metrics are of sums under ipo, too), except that TRL
+- takes label_smoothing for other losses only; sigmoid had ours up to TRL 0.28;
+- counts whatever follows the prompt: a user's message within an answer, what a template leaves outside its {% generation %} block;
+- takes strings as they are, with EOS after them; here a string is a message, since that is what the model will be asked with;
+- cuts a long sequence at its end, however long the prompt; up to 0.28 the prompt lost all but max_prompt_length tokens, as here, yet also
+  where all would have fitted;
+- added EOS after the template's own end of an answer up to 0.27. BOS and EOS are the template's here, never twice."""
 import hashlib
 
 import numpy as np
@@ -27,12 +38,12 @@ class Pairs:
         prompt = recipe["prompt_length"] or self.length // 2
         if prompt >= self.length:
             raise ValueError(f"recipe: prompt_length is {prompt} and length {self.length}: nothing is left for an answer")
-        self.pairs = [[_cut(ids, start, prompt, self.length) for ids, start in _pair(where, row, model)] for where, row in rows(data, name)]
+        self.pairs = [_cut(where, _pair(where, row, model), prompt, self.length) for where, row in rows(data, name)]
         if not self.pairs:
             raise ValueError(f"{name}: no rows")
         digest = hashlib.sha256()
-        for ids, start in (half for pair in self.pairs for half in pair):
-            digest.update(np.array([len(ids), start], np.int64).tobytes() + ids.tobytes())
+        for ids, targets in (half for pair in self.pairs for half in pair):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + targets.tobytes())
         self.fingerprint = digest.hexdigest()[:32]
         self.epoch = self.order = None  # the epoch whose order is at hand
         self.reference = None  # of each pair: the reference's log-probabilities of both answers' tokens
@@ -65,54 +76,70 @@ class Pairs:
         ids = np.zeros((len(order), self.length), np.int32)
         targets, reference = np.full_like(ids, NONE), np.zeros(ids.shape, np.float32)
         for b, (i, half) in enumerate(order):
-            row, start = self.pairs[i][half]
-            ids[b, :len(row)] = row
-            targets[b, start - 1:len(row) - 1] = row[start:]
+            row, target = self.pairs[i][half]
+            ids[b, :len(row)], targets[b, :len(row)] = row, target
             if self.reference is not None:
-                reference[b, start - 1:len(row) - 1] = self.reference[i][half]
+                reference[b, :len(row)][target >= 0] = self.reference[i][half]
         return ids, targets, reference
 
 
 def _pair(where, row, model):
-    """[(ids, where the answer starts) of chosen, of rejected]; nothing is cut."""
-    missing = [key for key in ("prompt", "chosen", "rejected") if key not in row]
-    if missing:
-        raise ValueError(f"{where}: a preference row has prompt, chosen and rejected, and this one lacks {missing[0]}")
-    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
+    """[(ids, which of them count) of chosen, of rejected]; nothing is cut."""
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise ValueError(f"{where}: a preference row has prompt, chosen and rejected, and this one lacks {key}")
+    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(value, list) and all(type(i) is int for i in value) for value in (prompt, *answers)):
         vocab = model.config["vocab_size"]
         if any(not 0 <= i < vocab for value in (prompt, *answers) for i in value):
             raise ValueError(f"{where}: ids must be from 0 to {vocab - 1}")
-        encoded = [(prompt + answer, len(prompt)) for answer in answers]
+        encoded = [(prompt + answer, [False] * len(prompt) + [True] * len(answer)) for answer in answers]
+    elif model.tokenizer is None:
+        raise ValueError(f"{where}: the model has no tokenizer, so prompt, chosen and rejected must be lists of token ids")
     else:
-        if model.tokenizer is None:
-            raise ValueError(f"{where}: the model has no tokenizer, so prompt, chosen and rejected must be lists of token ids")
-        encoded = [_encode(where, prompt, answer, model.tokenizer) for answer in answers]
-    for name, (ids, start) in zip(("chosen", "rejected"), encoded):
-        if not 0 < start < len(ids):
-            raise ValueError(f"{where}: {'the prompt has no token' if start == 0 else f'{name} has no token that counts'}")
-    return [(np.asarray(ids, np.int32), start) for ids, start in encoded]
+        prompt, answers = _chats(where, prompt, answers)
+        try:
+            encoded = model.tokenizer.encode_chats_with_mask([prompt + answer for answer in answers], len(prompt))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: the chat cannot be used: {error}") from None
+    for name, (_, counts) in zip(("chosen", "rejected"), encoded):
+        if not any(counts) or counts[0]:
+            raise ValueError(f"{where}: {f'{name} has no token that counts' if not any(counts) else 'the prompt has no token'}")
+    return [(np.asarray(ids, np.int32), np.asarray(counts, bool)) for ids, counts in encoded]
 
 
-def _encode(where, prompt, answer, tokenizer):
+def _chats(where, prompt, answers):
+    """The prompt's messages, and those of both answers."""
+    answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer for answer in answers]
+    given = prompt if isinstance(prompt, list) else []
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    if not (is_chat(prompt) and is_chat(answer)):
+    if not (all(map(is_chat, answers)) and (prompt is None or is_chat(prompt))):
         raise ValueError(f"{where}: prompt, chosen and rejected must be lists of objects with a role and a content, or strings")
-    try:
-        ids, mask = tokenizer.encode_chat_with_mask(prompt + answer)
-        earlier = sum(tokenizer.encode_chat_with_mask(prompt)[1])  # answers that the prompt itself holds
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: the chat cannot be used: {error}") from None
-    counting = np.flatnonzero(mask)[earlier:]
-    return ids, int(counting[0]) if len(counting) else len(ids)
+    if prompt is not None and all(answer[0]["role"] not in ("system", "user") for answer in answers):
+        return prompt, answers
+    differ = [a != b for a, b in zip(*answers)]  # whole chats
+    same = differ.index(True) if any(differ) else len(differ)
+    if answers[0][:len(given)] != given:
+        raise ValueError(f"{where}: chosen and rejected are whole chats, and do not begin with the messages of prompt")
+    if not same:
+        lacks, unlike = "this preference row lacks prompt", "chosen and rejected must be answers to the prompt, or whole chats that begin alike"
+        raise ValueError(f"{where}: {lacks if prompt is None else unlike}")
+    return answers[0][:same], [answer[same:] for answer in answers]
 
 
-def _cut(ids, start, prompt, length):
-    skip = max(start - prompt, 0)
-    return ids[skip:skip + length], start - skip
+def _cut(where, pair, prompt, length):
+    """The pair's (ids, targets), as the page at the top says."""
+    start = min(int(counts.argmax()) for _, counts in pair)
+    skip = max(min(start - prompt, max(len(ids) for ids, _ in pair) - length), 0)
+    cut = []
+    for name, (ids, counts) in zip(("chosen", "rejected"), pair):
+        targets = np.append(np.where(counts, ids, NONE)[1:], NONE).astype(np.int32)[skip:]
+        targets[length - 1:] = NONE
+        if (targets < 0).all():
+            raise ValueError(f"{where}: {name} has no token that counts within the recipe's length, {length}")
+        cut.append((ids[skip:skip + length], targets[:length]))
+    return cut
 
 
 class Preference:
@@ -147,7 +174,7 @@ class Preference:
             if path is not None:
                 with replacing(path) as file:
                     np.savez(file, key=key, log_probs=flat)
-        ends = np.cumsum([len(ids) - start for pair in pairs.pairs for ids, start in pair])
+        ends = np.cumsum([(targets >= 0).sum() for pair in pairs.pairs for _, targets in pair])
         parts = np.split(flat, ends[:-1])
         pairs.reference = list(zip(parts[::2], parts[1::2]))
 
@@ -162,15 +189,17 @@ class Preference:
         n, beta, smooth = len(ids) // 2, self.recipe["beta"], self.recipe["label_smoothing"]
         log_probs = self.model.log_probs(ids, targets)
         sums, gains = (array.sum(axis=1, dtype=np.float64) for array in (log_probs, log_probs - reference))
-        margin = gains[:n] - gains[n:]
+        margin, tokens = gains[:n] - gains[n:], 1
         if self.recipe["preference"] == "ipo":
-            loss, slope = (margin - 0.5 / beta) ** 2, 2 * (margin - 0.5 / beta)
+            tokens = (targets >= 0).sum(axis=1)
+            off = np.subtract(*np.split(gains / tokens, 2)) - 0.5 / beta
+            loss, slope = off ** 2, 2 * off
         else:
             loss = (1 - smooth) * np.logaddexp(0, -beta * margin) + smooth * np.logaddexp(0, beta * margin)
             right = np.exp(-np.logaddexp(0, -beta * margin))  # s(beta m)
             slope = beta * (smooth * right - (1 - smooth) * (1 - right))
         if backward:
-            weight = -np.concatenate([slope, -slope]) * (share["margin"] / n)  # of each answer's log-probability
+            weight = -np.concatenate([slope, -slope]) / tokens * (share["margin"] / n)  # of each answer's log-probability
             self.model.log_probs(ids, targets, weights=np.broadcast_to(weight[:, None], ids.shape), recompute=self.recipe["recompute"])
         less = (reference - log_probs).astype(np.float64)[targets >= 0]
         return {"loss": share["margin"] * float(loss.mean()), "margin": float(beta * margin.mean()), "accuracy": float((margin > 0).mean()),
@@ -183,5 +212,5 @@ def _log_probs(model, pairs):
     for ids, targets, _ in pairs.once():
         found, n = model.log_probs(ids, targets), len(ids) // 2
         for i in range(n):
-            yield tuple(found[half * n + i, start - 1:len(row) - 1] for half, (row, start) in enumerate(pairs.pairs[at + i]))
+            yield tuple(found[half * n + i, :len(row)][target >= 0] for half, (row, target) in enumerate(pairs.pairs[at + i]))
         at += n

@@ -32,7 +32,7 @@ DEFAULTS = {
     "preference": "sigmoid",  # dpo's loss; or "ipo"
     "beta": 0.1,              # dpo: how strongly the reference holds
     "label_smoothing": 0.0,   # dpo: share of pairs that are taken to be the wrong way round; below 0.5
-    "prompt_length": None,    # dpo: tokens that a prompt keeps, its last ones; null: half of length
+    "prompt_length": None,    # dpo: tokens that stay of a prompt, its last ones, where a pair is longer than length; null: half of length
     "train": ["*"],           # parameters that learn: patterns as in a shell; "!PATTERN": these do not
     "recompute": False,       # keep only layer inputs and compute activations again in backward
     "seed": 0,                # order of the data, and what starts fresh at a conversion

@@ -108,19 +108,27 @@ class Tokenizer:
         """Token ids of the rendered chat; the template writes the special tokens, none are added."""
         return self.encode(self.render(messages, add_generation_prompt, **kwargs), add_special_tokens=False)
 
-    def encode_chat_with_mask(self, messages):
-        """(ids, mask) of a whole chat: mask[i] is 1 where ids[i] belongs to an assistant's answer, its end marker included.
+    def encode_chat_with_mask(self, messages, first=0):
+        """(ids, mask) of a whole chat: mask[i] is 1 where ids[i] belongs to an assistant's answer, its end marker included, and to
+        messages[first:].
 
         Answers are the template's {% generation %} spans or, without any, what a turn adds to the chat before it rendered with
         the generation prompt. ValueError: a template whose earlier turns change with what follows, so that this is unknown."""
-        return self.encode_chats_with_mask([messages])[0]
+        return self.encode_chats_with_mask([messages], first)[0]
 
-    def encode_chats_with_mask(self, chats):
+    def encode_chats_with_mask(self, chats, first=0):
         """encode_chat_with_mask of each chat, encoded on all CPUs."""
         texts = [self.render(messages, add_generation_prompt=False) for messages in chats]
-        spans = [self._generation_spans(messages, text) or self._prefix_spans(messages, text) for messages, text in zip(chats, texts)]
+        spans = [self._spans(messages, text, first) for messages, text in zip(chats, texts)]
         encodings = self._encode(texts, add_special_tokens=False)
         return [(encoding.ids, _inside(spans, text, encoding.offsets)) for encoding, spans, text in zip(encodings, spans, texts)]
+
+    def _spans(self, messages, text, first):
+        """Character spans of text, of the answers in messages[first:]."""
+        spans = self._generation_spans(messages, text)
+        if spans and first:
+            spans = spans[len(self._generation_spans(messages[:first], self._render(messages[:first], False))):]
+        return spans or self._prefix_spans(messages, text, first)
 
     def _generation_spans(self, messages, text):
         """Character spans of text within {% generation %} blocks: rendered again with marks, which occur nowhere else."""
@@ -139,10 +147,10 @@ class Tokenizer:
             raise ValueError(f"{self.folder}: the chat template renders differently around its generation blocks")
         return spans
 
-    def _prefix_spans(self, messages, text):
+    def _prefix_spans(self, messages, text, first):
         spans = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if i < first or message["role"] != "assistant":
                 continue
             before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
             if not (text.startswith(after) and after.startswith(before)):

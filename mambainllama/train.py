@@ -81,6 +81,8 @@ def dpo(model, data, recipe, reference="start", out=None, progress=None):
     recipe = load_recipe(recipe, kl=0.0, ce=1.0)
     if any(stage["kl"] or stage["ce"] != 1 or stage["align"] for stage in (settings(recipe, stage) for stage in recipe["stages"])):
         raise ValueError("recipe: kl, ce and align are of other objectives; dpo has beta")
+    if recipe["preference"] == "ipo" and recipe["label_smoothing"]:
+        raise ValueError("recipe: label_smoothing belongs to preference sigmoid, not ipo")
     if isinstance(reference, str) and reference != "start":
         raise ValueError(f"reference is {reference!r}, expected 'start' or a model")
     if reference != "start" and reference.config["vocab_size"] != model.config["vocab_size"]:

@@ -157,6 +157,7 @@ def test_rope_settings():
     np.testing.assert_allclose(rope(dynamic, 40)[0], grown ** -(np.arange(0, 8, 2) / 8), rtol=1e-6)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_rope_is_that_of_transformers(scaling):
     transformers = pytest.importorskip("transformers")

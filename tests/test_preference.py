@@ -8,6 +8,7 @@ import mambainllama as mil
 from conftest import on
 from mambainllama.preference import Pairs, Preference
 from mambainllama.recipe import load_recipe
+from test_tokenizer import FOLDER, MARKED
 from test_train import CONFIG, V, Stop, bits, history, stop, stop_after
 
 PLAN = {"steps": 8, "length": 16, "batch": 3, "lr": 3e-3, "beta": 0.5, "checkpoint_every": 3, "warmup": 0.0, "schedule": "constant"}
@@ -47,9 +48,9 @@ def test_loss_and_metrics_equal_their_formula(kind, smooth):
     got = goal.loss(batch, {"margin": 1.0})
     gains = np.array([[log_prob(model, row["prompt"], row[key]) - log_prob(reference, row["prompt"], row[key]) for key in ("chosen", "rejected")]
                       for row in data])
-    margin = gains[:, 0] - gains[:, 1]
+    margin, tokens = gains[:, 0] - gains[:, 1], np.array([[len(row[key]) for key in ("chosen", "rejected")] for row in data])
     good, bad = (-np.log(1 / (1 + np.exp(sign * 0.5 * margin))) for sign in (-1, 1))
-    loss = (1 - smooth) * good + smooth * bad if kind == "sigmoid" else (margin - 1) ** 2
+    loss = (1 - smooth) * good + smooth * bad if kind == "sigmoid" else ((gains / tokens) @ [1, -1] - 1) ** 2
     assert got["loss"] == pytest.approx(loss.mean(), rel=1e-4)
     assert got["margin"] == pytest.approx(0.5 * margin.mean(), rel=1e-4) and got["accuracy"] == (margin > 0).mean()
     for key in ("chosen", "rejected"):
@@ -76,11 +77,60 @@ def test_gradient_is_that_of_the_loss(kind):
         assert (values[0] - values[1]) / 4e-3 == pytest.approx((gradient * way).sum(), rel=2e-2), name
 
 
-def test_a_prompt_loses_its_start_and_an_answer_its_end():
+def test_a_long_pair_s_prompt_loses_its_start_and_an_answer_its_end():
     model, data = hybrid(), [{"prompt": list(range(1, 11)), "chosen": list(range(11, 31)), "rejected": [39]}]
     ids, targets, _ = Pairs(data, model, recipe(prompt_length=4)).batch(0)
     assert ids[0].tolist() == list(range(7, 23)) and targets[0].tolist() == [-100] * 3 + list(range(11, 23)) + [-100]
     assert ids[3].tolist() == [7, 8, 9, 10, 39] + [0] * 11 and targets[3].tolist() == [-100] * 3 + [39] + [-100] * 12
+    for chosen, kept in ((6, 10), (7, 9), (9, 7)):  # as much of the prompt as leaves room for the longer answer
+        data[0]["chosen"] = list(range(11, 11 + chosen))
+        ids, targets, _ = Pairs(data, model, recipe(prompt_length=4)).batch(0)
+        assert ids[0].tolist() == list(range(11 - kept, 11 + chosen)) and ids[3].tolist() == [*range(11 - kept, 11), 39] + [0] * (15 - kept)
+        assert targets[0, kept - 1:-1].tolist() == list(range(11, 11 + chosen))
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+CHAT = [said("user", "Twelve and thirty?"), said("assistant", "Forty-two"), said("user", "And one more?")]
+
+
+def read(rows, model=None):
+    return Preference(model or mil.load(FOLDER), "start", recipe(length=200)).read(rows, "data").pairs
+
+
+def counted(model, targets):
+    return model.tokenizer.decode(targets[targets >= 0], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_the_assistant_s_part_of_the_answer_counts(template):
+    """Neither what the prompt's assistant says, nor a user within the answer."""
+    model = mil.load(FOLDER)
+    model.tokenizer._template = template or model.tokenizer._template
+    more = [said("assistant", "Forty-three"), said("user", "Sure?"), said("assistant", "Yes.")]
+    (chosen, rejected), = read([{"prompt": CHAT, "chosen": more, "rejected": "Größe"}], model)
+    assert counted(model, chosen[1]) == "Forty-three<|end|>Yes.<|end|>" and counted(model, rejected[1]) == "Größe<|end|>"
+    start = len(model.tokenizer.encode_chat(CHAT))  # what generation is given
+    assert chosen[0][:start].tolist() == rejected[0][:start].tolist() == model.tokenizer.encode_chat(CHAT)
+    assert (chosen[1][:start - 1] < 0).all() and chosen[1][start - 1] == chosen[0][start]
+
+
+def test_prompts_may_be_within_whole_chats():
+    """UltraFeedback's rows, which say the prompt once more, and rows without any."""
+    answers = {key: [said("assistant", text)] for key, text in (("chosen", "Forty-three"), ("rejected", "Many"))}
+    whole = {key: CHAT + answer for key, answer in answers.items()}
+    expected = [[a.tolist() for a in half] for half in read([{"prompt": CHAT, **answers}])[0]]
+    for row in (whole, {"prompt": "And one more?", **whole}, {"prompt": CHAT, **whole}, {"prompt": CHAT[:1], **whole}):
+        assert [[a.tolist() for a in half] for half in read([row])[0]] == expected
+    plain = read([{"prompt": "And one more?", "chosen": "Forty-three", "rejected": "Many"}])
+    assert [a.tolist() for a in plain[0][0]] == [a.tolist() for a in read([{"prompt": CHAT[2:], **answers}])[0][0]]
+    for row, says in (({"prompt": CHAT[1:], **whole}, "do not begin with the messages of prompt"), (answers, "lacks prompt"),
+                      ({"prompt": CHAT, **answers, "chosen": whole["chosen"]}, "chats that begin alike"),
+                      ({"chosen": CHAT, "rejected": whole["rejected"]}, "chosen has no token that counts")):
+        with pytest.raises(ValueError, match=f"data row 0: .*{says}"):
+            read([row])
 
 
 def test_it_learns_to_prefer(tmp_path):
@@ -131,7 +181,9 @@ def test_a_bad_row_is_named(row, says):
         mil.dpo(hybrid(), [*rows(count=1), row], PLAN)
 
 
-@pytest.mark.parametrize("changes, says", [(dict(prompt_length=16), "nothing is left"), (dict(kl=1.0), "kl"), (dict(label_smoothing=0.5), "label_smoothing")])
+@pytest.mark.parametrize("changes, says", [(dict(prompt_length=16), "nothing is left"), (dict(kl=1.0), "kl"),
+                                           (dict(label_smoothing=0.5), "label_smoothing"),
+                                           (dict(label_smoothing=0.1, preference="ipo"), "not ipo")])
 def test_a_bad_recipe_is_one_sentence(changes, says):
     with pytest.raises(ValueError, match=says):
         mil.dpo(hybrid(), rows(), {**PLAN, **changes})

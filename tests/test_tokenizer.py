@@ -150,6 +150,7 @@ def test_stream_of_a_decoder_that_looks_at_the_token_before(tmp_path):
     assert tokenizer.decode(ids) == "Hello worldé東 wor  Hello"
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rendering_is_that_of_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -181,6 +182,8 @@ def test_mask_covers_the_answers(name, answer, tmp_path):
     assert ids == tokenizer.encode_chat(CHAT, add_generation_prompt=False) and len(mask) == len(ids) and set(mask) == {0, 1}
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m], skip_special_tokens=False) == answer
     assert sum(tokenizer.encode_chat_with_mask(CHAT[:2])[1]) == 0
+    last = tokenizer.encode_chat_with_mask(CHAT, 3)[1]
+    assert sum(last) and last == [m and i > len(tokenizer.encode_chat(CHAT[:3])) for i, m in enumerate(mask)]
     first = tokenizer.encode_chat(CHAT[:2])  # what generation is given is what stands before the first answer
     assert ids[: len(first)] == first and mask[len(first) - 1 : len(first) + 1] == [0, 1]
 
@@ -199,6 +202,12 @@ def test_templates_that_hide_their_answers_are_refused(tmp_path):
     last_only = "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}{% endfor %}"
     with pytest.raises(ValueError, match="message 2 differently once others follow"):
         with_template(tmp_path, last_only).encode_chat_with_mask(CHAT)
+    earlier = "{% for m in messages %}{{ m.content | upper if m.role == 'assistant' and not loop.last else m.content }}{% endfor %}"
+    tokenizer = with_template(tmp_path, earlier)
+    with pytest.raises(ValueError, match="message 2 differently"):
+        tokenizer.encode_chat_with_mask(CHAT)
+    ids, mask = tokenizer.encode_chat_with_mask(CHAT, 3)  # the one answer that is wanted is where it was
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == CHAT[4]["content"]
 
 
 def test_where_templates_come_from(tmp_path, tokenizer):
