@@ -253,6 +253,7 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
         }
         continue;
       }
+      if constexpr (!ALIGNED) __syncthreads(); /* racecheck does not follow the groups' barriers into the loop below */
       for (int s = 0; s < PAR; s++) { /* in the order of the parts */
         if (s == slot) {
           float *const to = total + (share * COLS * 8 + 2 * j) * STRIDE + g;
