@@ -118,6 +118,11 @@ def settings(recipe, stage):
     return {**recipe, **stage}
 
 
+def identity(recipe):
+    """The recipe without what its run's numbers do not depend on: how far recall may fall."""
+    return {**recipe, "guard": {**recipe["guard"], "limit": None}} if recipe.get("guard") else recipe
+
+
 def _stage(where, stage, recipe):
     if not isinstance(stage, dict):
         raise ValueError(f"{where}: a stage is a mapping with mamba_layers and steps, not {stage!r}")

@@ -32,7 +32,7 @@ from .model import MOMENTS, fits
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .preference import Preference
 from .recall import recall, recall_guard
-from .recipe import DEFAULTS, load_recipe, settings
+from .recipe import DEFAULTS, identity, load_recipe, settings
 from .weights import replacing, writing
 
 
@@ -109,9 +109,8 @@ def run(model, goal, data, recipe, out=None, progress=None):
     folder = status = reference = None
     if out is not None:
         reference = goal.reference and goal.reference.fingerprint()
-        folder = Folder(out, {**recipe, "objective": type(goal).__name__, "data": data.fingerprint,
-                              "eval_data": held_out and held_out.fingerprint, "teacher": reference, "student": _kept(model, stages),
-                              "guard": recipe["guard"] and {**recipe["guard"], "limit": None}}, stages)
+        folder = Folder(out, {**identity(recipe), "objective": type(goal).__name__, "data": data.fingerprint,
+                              "eval_data": held_out and held_out.fingerprint, "teacher": reference, "student": _kept(model, stages)}, stages)
     for batches, name in ((data, "reference.npz"), (held_out, "reference_eval.npz")):
         if batches:
             goal.prepare(batches, folder and folder.path / name, reference)

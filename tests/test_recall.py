@@ -213,6 +213,17 @@ def test_a_stopped_run_is_exit_code_2(monkeypatch, tmp_path, capsys):
     assert code == 2 and "mambainllama: step 3: recall fell by more than 0.2" in err and "Traceback" not in err
 
 
+def test_a_whole_recipe_goes_on_with_a_larger_limit(monkeypatch, tmp_path):
+    mil.save(mil.random(CONFIG, seed=1), tmp_path / "model")
+    data = [{"ids": row["ids"], "mask": [0] + [1] * (len(row["ids"]) - 1)} for row in rows(1)]
+    plan = {"teacher": str(tmp_path / "model"), "run": [{"sft": {**GUARDED, "data": data}}]}
+    scripted(monkeypatch, 0.9, 0.1, 0.2, 0.3)
+    with pytest.raises(ValueError, match="step 3: recall fell"):
+        mil.run(plan, tmp_path / "out")
+    plan["run"][0]["sft"]["guard"] = {"limit": 1.0, "items": 3}
+    assert mil.run(plan, tmp_path / "out")["parts"][0]["guard"]["after"]["score"] == 0.3
+
+
 def test_what_is_excluded_does_not_learn():
     model = mil.random(CONFIG, seed=1)
     kept = ["!*self_attn.q_proj*", "!*self_attn.k_proj*"]
