@@ -90,7 +90,8 @@ def _parser():
     p.add_argument("--data", required=True, nargs="+", help="what will be distilled on, as for distill")
     p.add_argument("--attention", type=float, nargs="+", metavar="SHARE", default=[0.5, 0.25],
                    help="shares of layers to keep, a plan or two for each (default: 0.5 0.25)")
-    p.add_argument("--student", metavar="FOLDER", help="the teacher without attention, aligned or distilled (default: converted now)")
+    p.add_argument("--student", metavar="FOLDER", help="the teacher without attention, aligned (default: converted now)")
+    p.add_argument("--align-steps", type=int, default=50, metavar="N", help="align what is converted now for N steps first (default: 50)")
     p.add_argument("--probe-steps", type=int, default=20, metavar="N",
                    help="distil each plan for N, 2N and 4N steps and forecast the loss; 0: no forecast (default: 20)")
     p.add_argument("--rows", type=int, default=16, metavar="N", help="packed rows of held-out data to measure on (default: 16)")
@@ -266,7 +267,8 @@ def _plan(args):
     recipe = _recipe(args, load_plan_recipe)
     teacher = _load(args.teacher, args)
     student = _load(args.student, args) if args.student else None
-    result = mil.plan(teacher, _source(args), args.attention, recipe, student, args.probe_steps, args.rows, args.context, args.out)
+    result = mil.plan(teacher, _source(args), args.attention, recipe, student, args.align_steps, args.probe_steps, args.rows,
+                      args.context, args.out)
     print(table(result))
     if args.out:
         _note(f"{args.out}: plan.json, plan.png")

@@ -1,10 +1,11 @@
 """Which attention layers should stay? Measured on the user's data before anything is trained for long.
 
-Every attention layer of the teacher is converted (or a student is given in which that has happened, best one aligned with the teacher
-layer by layer), and then each layer in turn gets its attention back: by how much does KL to the teacher fall, on held-out data and on
-the synthetic recall probe (recall.py)? A layer's score is the mean of the two shares of KL recovered; a plan keeps the layers of the best
-scores, and stands beside the paper's evenly spread ones. Scores of single layers do not add up, so both are measured as a whole too.
-(After arXiv 2512.20569, which trains a little before it looks.)
+Every attention layer of the teacher is converted and aligned with it for a few steps (objectives.py; or a student is given in which that
+has happened). Then each layer in turn gets its attention back: by how much does KL to the teacher fall, on held-out data and on the
+synthetic recall probe (recall.py)? A layer's score is the mean of the two shares of KL recovered, the second weighing as much as the
+teacher itself answers of the probe. A plan keeps the layers of the best scores, and stands beside the paper's evenly spread ones. Scores
+of single layers do not add up, so both are measured as a whole too. (After arXiv 2512.20569, which distils each of these students a
+little before it looks.) Without alignment a ranking puts first what breaks most, be it learned again soon.
 
 Of each plan: bytes, tokens/s, KL as it is, and a forecast of CE and KL at the end of the recipe. For that it is distilled by the recipe
 for p, 2p and 4p steps (each a run of its own, with a whole schedule), and a + b·steps^-c is fitted to what held-out rows then lose."""
@@ -31,28 +32,29 @@ EXPONENTS = (0.1, 1.5)             # of learning curves
 SAMPLES, INTERVAL = 200, (5, 95)   # bootstrap, percent
 NEW_TOKENS = 48                    # decoded to measure speed
 RECIPE = {"steps": 1000, "train": ["*mamba*"]}
+ALIGN = {"align": "mixer", "lr": 1e-3, "train": ["*mamba*"]}  # the stage before it; the rate as in RADLADS, arXiv 2505.03005
 
 
-def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, probe_steps=20, rows=16, context=512, out=None, progress=None):
+def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, align_steps=50, probe_steps=20, rows=16, context=512, out=None,
+         progress=None):
     """Where attention should stay, what that costs and what it may lose; → a dict, also written as out/plan.json and out/plan.png:
 
-    "layers"    [{"layer", "data", "recall", "score"}] of the teacher's attention layers: the share of the KL of a student without
-                attention that is recovered when this layer alone gets its attention back (negative: it gets worse), and their mean
-    "student"   {"data", "recall"}: that student's KL; "teacher_recall": how often the teacher itself is right on the probe: where it
-                never is, "recall" says little
+    "layers"    [{"layer", "data", "recall", "score"}] of the teacher's attention layers: the shares of the KL of a student without
+                attention that are recovered when this layer alone gets its attention back (negative: it gets worse), and their mean
+    "student"   {"data", "recall"}: that student's KL
+    "teacher_recall"  the share of the probe that the teacher itself answers
     "plans"     for each share of `attention` the evenly spread plan ("uniform") and the measured one: {"attention", "placement",
                 "mamba_layers", "weight_bytes", "kv_bytes_per_token", "window", "state_bytes_per_sequence", "tokens_per_second" (batch 1
                 behind `context` tokens), "ce", "kl" (as it is), "probes" ([{"steps", "ce", "kl"}]), "forecast"
                 ({"ce" | "kl": {"at", "low", "high"}}), "chosen"}
-    "stages"    {share: [{"mamba_layers", "steps"}]} of the chosen plans, the ones of least KL (forecast, or as it is): a recipe's "stages"
+    "stages"    {share: a recipe's "stages"} of the chosen plans, those of least KL (forecast, or as it is): alignment, then the recipe
 
     teacher: a model. data: as for distill; its first 2048 rows are read, and every eighth is held out unless the recipe has eval_data.
     recipe: that of the distillation to come: length, batch, lr, mixer, init, seed … and steps, which the forecast is for. Default:
-    1000 steps, train ["*mamba*"]. student: a model like teacher, all of whose attention was converted; None: converted here, untrained: a
-    rough ranking, which puts first what breaks most, be it learned again soon. Layers that were distilled together lean on each other, and
-    one alone put back can lose; those aligned one by one (a recipe's "align") do not. restore_layers (convert.py) makes a plan's model of
-    the student, to go on from. probe_steps: of the shortest run behind the forecast; 0: no forecast. rows: packed rows that are
-    measured, at most. context 0: no speed. Copies share what they do not change.
+    1000 steps, train ["*mamba*"]. student: a model like teacher, all of whose attention was converted; None: converted here, and aligned
+    for align_steps. Layers that were distilled together lean on each other, and one alone put back can lose: better give one that was only
+    aligned. restore_layers (convert.py) makes a plan's model of it, to go on from. probe_steps: of the shortest run behind the forecast; 0:
+    no forecast. rows: packed rows that are measured, at most. context 0: no speed. Copies share what they do not change.
 
     The forecast's "low" and "high" are the 5th and 95th percentile over 200 resamplings of the held-out rows, each with a c drawn from
     0.1 to 1.5: they cover that other rows of the same data might have been held out, and that three short runs hardly tell c. They do not
@@ -63,25 +65,31 @@ def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, probe_
     recipe = load_plan_recipe(recipe)
     kinds = teacher.layer_kinds
     own = [i for i, kind in enumerate(kinds) if kind == "attention"]
-    shares = [attention] if isinstance(attention, (int, float)) else list(attention)
+    shares = [attention] if isinstance(attention, (int, float)) else list(dict.fromkeys(attention))
     if not shares or not own:
         raise ValueError("plan needs a share of attention to keep" if own else "the teacher has no attention layer that could be converted")
     for share in shares:
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise ValueError(f"attention holds {share!r}, expected shares of the layers from 0 up and below 1")
-        if len(own) == round(share * len(kinds)):
+        if set(own) <= set(kept_attention(len(kinds), share)):
             raise ValueError(f"attention {share:g} keeps all of the teacher's {len(own)} attention layers")
-    for name, value, low in (("probe_steps", probe_steps, 0), ("rows", rows, 1), ("context", context, 0)):
+    for name, value, low in (("align_steps", align_steps, 0), ("probe_steps", probe_steps, 0), ("rows", rows, 1), ("context", context, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
             raise ValueError(f"{name} must be an integer from {low} up, not {value!r}")
     learned, seen = _split(teacher, data, recipe, rows, probe_steps)
+    before = []  # stages
     if student is None:
-        student = convert(teacher, own, recipe["mixer"] or "mamba2", recipe["init"], recipe["seed"])
+        student = convert(teacher, own, recipe["mixer"] or "mamba2", recipe["init"], recipe["seed"],
+                          data=learned if recipe["init"] == "calibrated" else None)
+        if align_steps:
+            before = [{"steps": align_steps, **ALIGN}]
+            distill(student, teacher, learned, {**recipe, "stages": before, "eval_data": None}, progress=progress)
     elif len(student.layer_kinds) != len(kinds):
         raise ValueError(f"the student has {len(student.layer_kinds)} layers and the teacher {len(kinds)}")
     elif left := [i for i in own if student.layer_kinds[i] == "attention"]:
         raise ValueError(f"layers {left} of the student are attention: it has to be one without any that could come back")
     probe = _probe(teacher, recipe["seed"])
+    able = _right(teacher, probe)
     sets = {"data": seen, "recall": probe}
     works = tqdm(total=len(own) + 1 + 2 * len(shares), unit="model", desc="layers", dynamic_ncols=True,
                  disable=None if progress is None else not progress)
@@ -91,7 +99,7 @@ def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, probe_
         for layer in own:
             kl = _kl(_with(student, teacher, [layer]), teacher, sets, works)
             share = {name: (base[name] - kl[name]) / base[name] if base[name] else 0.0 for name in sets}
-            layers.append({"layer": layer, **share, "score": (share["data"] + share["recall"]) / 2})
+            layers.append({"layer": layer, **share, "score": (share["data"] + able * share["recall"]) / (1 + able)})
         best = [row["layer"] for row in sorted(layers, key=lambda row: -row["score"])]
         works.set_description("plans")
         plans = []
@@ -108,8 +116,9 @@ def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, probe_
     for share in shares:
         chosen = min((p for p in plans if p["attention"] == share), key=lambda p: p["forecast"]["kl"]["at"] if p["forecast"] else p["kl"])
         chosen["chosen"] = True
-        stages[f"{share:g}"] = [{"mamba_layers": chosen["mamba_layers"], "steps": recipe["stages"][0]["steps"]}]
-    result = {"layers": layers, "student": base, "teacher_recall": _right(teacher, probe), "plans": plans, "stages": stages}
+        stages[f"{share:g}"] = [{"mamba_layers": chosen["mamba_layers"], **stage}
+                                for stage in (*before, {"steps": recipe["stages"][0]["steps"]})]
+    result = {"layers": layers, "student": base, "teacher_recall": able, "plans": plans, "stages": stages}
     if out is not None:
         out = Path(out)
         with writing(out):
@@ -157,7 +166,7 @@ def _split(teacher, data, recipe, rows, probe_steps):
     if recipe["eval_data"] is not None:
         learn, measure = found, read(recipe["eval_data"], "eval_data")
     elif len(found) == 1 and not probe_steps:
-        learn, measure = [], found
+        learn = measure = found
     elif len(found) == 1:
         raise ValueError("data: one row is to be held out and others are to be learned from, so a forecast needs two; or probe_steps=0")
     else:

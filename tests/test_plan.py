@@ -10,6 +10,7 @@ import mambainllama as mil
 from mambainllama.cli import main
 from mambainllama.convert import restore_layers
 from mambainllama.info import describe
+from test_recall import Oracle
 from test_train import CONFIG, bits, rows
 
 planning = importlib.import_module("mambainllama.plan")  # the module: mil.plan is the function
@@ -19,7 +20,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def quick(teacher, **how):
-    return mil.plan(teacher, rows(1, 80), **{"recipe": SHORT, "probe_steps": 0, "context": 0, **how})
+    return mil.plan(teacher, rows(1, 80), **{"recipe": SHORT, "align_steps": 0, "probe_steps": 0, "context": 0, **how})
 
 
 # -- restore_layers -----------------------------------------------------------------------------------------------------------------------
@@ -101,6 +102,36 @@ def test_a_students_own_layers_are_measured():
     assert plan["placement"] == "uniform, measured" and plan["mamba_layers"] == [0, 1, 2] and plan["kv_bytes_per_token"] == 0
 
 
+@pytest.mark.parametrize("init", ["attention", "calibrated"])
+def test_what_is_converted_is_aligned_first(init):
+    teacher, data = mil.random(CONFIG, seed=1), rows(1, 80)
+    recipe = SHORT | {"init": init, "seed": 3}
+    result = quick(teacher, recipe=recipe, align_steps=4)
+    learn = [row for i, row in enumerate(data) if i % 8]
+    student = mil.convert(teacher, attention=0, init=init, seed=3, data=learn if init == "calibrated" else None)
+    unaligned = quick(teacher, recipe=recipe, student=student)
+    mil.distill(student, teacher, learn, {**recipe, "steps": 4, "align": "mixer", "lr": 1e-3, "train": ["*mamba*"]})
+    aligned = quick(teacher, recipe=recipe, student=student)
+    assert result["layers"] == aligned["layers"] != unaligned["layers"] and result["student"]["data"] < unaligned["student"]["data"]
+    first, second = result["stages"]["0.5"]
+    assert first.pop("mamba_layers") == second["mamba_layers"] and [second] == aligned["stages"]["0.5"]
+    assert first == {"steps": 4, "align": "mixer", "lr": 1e-3, "train": ["*mamba*"]}
+
+
+def test_the_probe_weighs_what_the_teacher_answers(monkeypatch):
+    teacher = mil.random(CONFIG, seed=1)
+    for able in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(planning, "_right", lambda *_: able)
+        result = quick(teacher)
+        assert [row["score"] for row in result["layers"]] == pytest.approx(
+            [(row["data"] + able * row["recall"]) / (1 + able) for row in result["layers"]]) and result["teacher_recall"] == able
+
+
+def test_how_often_the_teacher_is_right():
+    probe = planning._probe(mil.random(CONFIG), 0)
+    assert planning._right(Oracle(40), probe) == 1 and planning._right(Oracle(40, strays=1), probe) < 0.3
+
+
 # -- what a plan costs ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, mixer", [("llama-linear-tied-f16", "mamba1"), ("llama-bias-bf16", "mamba2")])
@@ -119,7 +150,7 @@ def test_bytes_are_those_of_the_arrays_and_of_the_files(tmp_path, name, mixer):
 def test_the_forecasts_runs_are_distillations_by_the_recipe():
     teacher, data = mil.random(CONFIG, seed=1), rows(1, 80)
     recipe = SHORT | {"train": ["*"], "seed": 3}
-    (plan,) = mil.plan(teacher, data, 0.33, recipe, probe_steps=3, context=9)["plans"][:1]
+    (plan,) = mil.plan(teacher, data, 0.33, recipe, align_steps=0, probe_steps=3, context=9)["plans"][:1]
     assert [run["steps"] for run in plan["probes"]] == [3, 6, 12] and plan["tokens_per_second"] > 0
     student = mil.convert(teacher, plan["mamba_layers"], seed=3)
     learn, seen = [row for i, row in enumerate(data) if i % 8], data[::8]
@@ -155,7 +186,7 @@ def folder(tmp_path_factory):
 def test_the_command_writes_what_a_recipe_takes(folder, capsys):
     words = [word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")]
     code = main(["plan", str(folder / "teacher"), "--data", str(folder / "data.jsonl"), "--attention", "0.5", "0.25", "--probe-steps", "2",
-                 "--context", "8", "--out", str(folder / "out"), *words])
+                 "--align-steps", "2", "--context", "8", "--out", str(folder / "out"), *words])
     out, err = capsys.readouterr()
     assert code == 0, err
     result = json.loads((folder / "out" / "plan.json").read_text())
@@ -166,7 +197,7 @@ def test_the_command_writes_what_a_recipe_takes(folder, capsys):
     for share, stages in result["stages"].items():
         student = mil.convert(teacher, mamba_layers=[])
         mil.distill(student, teacher, rows(1), {"length": 24, "batch": 4, "stages": stages})
-        assert student.layer_kinds.count("attention") == round(4 * float(share)) and stages[0]["steps"] == 30
+        assert student.layer_kinds.count("attention") == round(4 * float(share)) and [stage["steps"] for stage in stages] == [2, 30]
 
 
 @pytest.mark.parametrize("how, says", [
@@ -190,7 +221,7 @@ def test_bad_arguments_are_one_sentence(how, says):
 
 def test_one_row_of_data_can_be_measured_but_not_learned_from():
     teacher, row = mil.random(FOUR, seed=1), rows(1, 1)
-    assert mil.plan(teacher, row, recipe=SHORT, probe_steps=0, context=0)["plans"][0]["kl"] > 0
+    assert mil.plan(teacher, row, recipe=SHORT, align_steps=1, probe_steps=0, context=0)["plans"][0]["kl"] > 0
     with pytest.raises(ValueError, match="needs two"):
         mil.plan(teacher, row, recipe=SHORT)
 
