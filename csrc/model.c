@@ -143,6 +143,12 @@ int param_own(Param *p) {
   return 0;
 }
 
+static const int MIXERS_OF[] = {
+#define X(id, mixers, when, name, form, a, b) mixers,
+    PARAMS(X)
+#undef X
+};
+
 static int make_params(Model *m, Param *param, int mixers, int type) {
   const Config *c = &m->c;
   const size_t C_ = c->width, D_ = c->heads * c->head_dim, E_ = c->kv_heads * c->head_dim, H_ = c->heads, P_ = c->head_dim;
@@ -188,6 +194,13 @@ int model_init(Model *m) {
   return 0;
 }
 
+/* An unused Param becomes what another is, over the same buffer, trainable. */
+static void same_param(Param *p, const Param *from) {
+  if (!from->name) return;
+  *p = (Param){.name = from->name, .form = from->form, .type = from->type, .a = from->a, .b = from->b, .n = from->n, .trainable = 1};
+  param_share(p, from);
+}
+
 /* The same model over the same buffers, all trainable. */
 int model_clone(Model *m, const Model *from) {
   const size_t L = from->c.layers, P = from->c.head_dim / 2;
@@ -202,10 +215,8 @@ int model_clone(Model *m, const Model *from) {
   device_copy(m->inv_freq, from->inv_freq, P * sizeof *m->inv_freq);
   size_t layer;
   for (size_t i = 0; i < param_count(m); i++) {
-    Param *p = param_at(m, i, &layer), q = *param_at((Model *)from, i, &layer);
-    if (!q.name) continue;
-    *p = (Param){.name = q.name, .form = q.form, .type = q.type, .a = q.a, .b = q.b, .n = q.n, .trainable = 1};
-    param_share(p, &q);
+    Param *p = param_at(m, i, &layer);
+    same_param(p, param_at((Model *)from, i, &layer));
   }
   return 0;
 }
@@ -227,19 +238,25 @@ void model_free(Model *m) {
   free(m->window);
 }
 
-/* The other mixer's parameters, unset; what both have (norms, MLP) stays. */
-int model_set_kind(Model *m, size_t l, int kind) {
-  Param *p = m->layer[l];
-  const char *kept[] = {p[NORM1].name, p[NORM2].name, p[GATE].name, p[UP].name, p[DOWN].name, p[BGATE].name, p[BUP].name, p[BDOWN].name};
-  for (int i = 0; i < PARAM_KINDS; i++) {
-    int keep = 0;
-    for (size_t k = 0; k < sizeof kept / sizeof *kept; k++) keep |= p[i].name && p[i].name == kept[k];
-    if (!keep) param_release(p + i);
-  }
-  m->kind[l] = kind;
+/* The layer's mixer goes; what every layer has (norms, MLP) stays. */
+static void drop_mixer(Model *m, size_t l) {
+  for (int i = 0; i < PARAM_KINDS; i++)
+    if (MIXERS_OF[i] != ALL) param_release(m->layer[l] + i);
   m->version++;
   drop_gradients(m);
-  return make_params(m, p, 1 << kind, m->type);
+}
+
+int model_set_kind(Model *m, size_t l, int kind) {
+  drop_mixer(m, l);
+  m->kind[l] = kind;
+  return make_params(m, m->layer[l], 1 << kind, m->type);
+}
+
+void model_share_mixer(Model *m, size_t l, const Model *from) {
+  drop_mixer(m, l);
+  m->kind[l] = from->kind[l];
+  for (int i = 0; i < PARAM_KINDS; i++)
+    if (MIXERS_OF[i] != ALL) same_param(m->layer[l] + i, from->layer[l] + i);
 }
 
 void param_set_trainable(Model *m, Param *p, int trainable) {

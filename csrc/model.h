@@ -170,6 +170,7 @@ int model_init(Model *m); /* from c, type, kind, window; 0, or -1: out of memory
 int model_clone(Model *m, const Model *from); /* shares every buffer; -1: out of memory, model_free it */
 void model_free(Model *m);
 int model_set_kind(Model *m, size_t layer, int kind); /* the old mixer's parameters go, the new one's are allocated, unset */
+void model_share_mixer(Model *m, size_t layer, const Model *from); /* the layer's mixer becomes the other model's, of the same sizes */
 void param_share(Param *to, const Param *from);
 void param_release(Param *p);
 int param_own(Param *p);     /* copy on write: afterwards the buffer is this parameter's alone; -1: out of memory */

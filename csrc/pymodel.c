@@ -387,6 +387,25 @@ static PyObject *model_convert_(PyObject *self, PyObject *args) {
   return finish("Model.convert", model_convert(&o->m, (size_t)layer, kind, init, seed));
 }
 
+static PyObject *model_share_mixer_(PyObject *self, PyObject *args) {
+  ModelObject *o = (ModelObject *)self;
+  PyObject *other;
+  Py_ssize_t layer;
+  if (!PyArg_ParseTuple(args, "nO", &layer, &other)) return NULL;
+  if (!PyObject_TypeCheck(other, model_type)) return PyErr_Format(PyExc_ValueError, "layers are shared between models of one backend only");
+  const Model *m = &o->m, *from = &((ModelObject *)other)->m;
+  int same = m->type == from->type;
+#define X(name) same = same && m->c.name == from->c.name;
+  CONFIG_SIZES(X)
+#undef X
+  if (!same) return PyErr_Format(PyExc_ValueError, "layers are shared between models of one size and dtype only");
+  if (layer < 0 || (size_t)layer >= m->c.layers) return PyErr_Format(PyExc_ValueError, "there is no layer %zd", layer);
+  if (self == other) Py_RETURN_NONE;
+  o->version++;
+  model_share_mixer(&o->m, (size_t)layer, from);
+  Py_RETURN_NONE;
+}
+
 static PyObject *model_randomize_(PyObject *self, PyObject *args) {
   unsigned long long seed;
   float std;
@@ -668,6 +687,8 @@ static PyMethodDef model_methods[] = {
     {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of all gradients"},
     {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on the trainable parameters"},
     {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed)"},
+    {"share_mixer", model_share_mixer_, METH_VARARGS,
+     "share_mixer(layer, model): the layer's mixer becomes that of the other model, shared until one of the two writes it"},
     {"randomize", model_randomize_, METH_VARARGS, "randomize(seed, std)"},
     {"set_rope", model_set_rope, METH_VARARGS, "set_rope(inv_freq, scale)"},
     {"logits", (PyCFunction)(void (*)(void))model_logits_, METH_VARARGS | METH_KEYWORDS, "logits(ids, state, keep, slot, prev, last, extend)"},

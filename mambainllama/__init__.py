@@ -8,8 +8,10 @@ from .generate import generate
 from .model import Model, State, random
 from .parity import parity
 from .pipeline import run
+from .plan import plan
+from .recall import recall
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "random", "run", "save",
-           "sft", "train"]
+__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "plan", "random", "recall",
+           "run", "save", "sft", "train"]
 __version__ = "0.1.0"

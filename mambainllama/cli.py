@@ -82,6 +82,24 @@ def _parser():
     p.add_argument("--data", metavar="DATA", help="for --init calibrated: rows of messages, text or ids")
     p.add_argument("--seed", type=int, default=0)
 
+    p = command("plan", _plan, "Which attention layers to keep: measured a layer, with what each plan costs and may lose.", """\
+  mambainllama plan Llama-3.2-1B-Instruct --data chats.jsonl --out plan
+  mambainllama plan teacher --data chats.jsonl --attention 0.5 0.25 0 --student aligned/model --recipe recipe.yaml --probe-steps 50
+  mambainllama plan demo/teacher --data chats.jsonl --set length=128 --set steps=400 --probe-steps 0""")
+    p.add_argument("teacher", help="folder of the teacher")
+    p.add_argument("--data", required=True, nargs="+", help="what will be distilled on, as for distill")
+    p.add_argument("--attention", type=float, nargs="+", metavar="SHARE", default=[0.5, 0.25],
+                   help="shares of layers to keep, a plan or two for each (default: 0.5 0.25)")
+    p.add_argument("--student", metavar="FOLDER", help="the teacher without attention, aligned (default: converted now)")
+    p.add_argument("--align-steps", type=int, default=50, metavar="N", help="align what is converted now for N steps first (default: 50)")
+    p.add_argument("--probe-steps", type=int, default=20, metavar="N",
+                   help="distil each plan for N, 2N and 4N steps and forecast the loss; 0: no forecast (default: 20)")
+    p.add_argument("--rows", type=int, default=16, metavar="N", help="packed rows of held-out data to measure on (default: 16)")
+    p.add_argument("--context", type=int, default=512, metavar="N", help="tokens before those that are timed; 0: no timing (default: 512)")
+    p.add_argument("--out", type=_folder, help="folder for plan.json, whose stages go into a recipe, and plan.png")
+    _with_recipe(p)
+    device_and_dtype(p)
+
     p = command("distill", _distill, "Distil a teacher into a hybrid; started again with the same --out, it goes on.", """\
   mambainllama distill teacher chats.jsonl --out run --recipe recipe.yaml
   mambainllama distill teacher chats.jsonl --out run --student hybrid --set steps=2000 --set lr=3e-5
@@ -175,6 +193,10 @@ def _source(args):
 
 def _training(p):
     p.add_argument("--out", type=_folder, required=True, help="folder for checkpoints, metrics and the finished model")
+    _with_recipe(p)
+
+
+def _with_recipe(p):
     p.add_argument("--recipe", metavar="FILE", help="YAML or JSON")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe; repeatable")
 
@@ -239,14 +261,27 @@ def _convert(args):
     _note(f"{args.out}: {_kinds(student)}")
 
 
-def _recipe(args):
+def _plan(args):
+    import mambainllama as mil
+    from .plan import load_plan_recipe, table
+    recipe = _recipe(args, load_plan_recipe)
+    teacher = _load(args.teacher, args)
+    student = _load(args.student, args) if args.student else None
+    result = mil.plan(teacher, _source(args), args.attention, recipe, student, args.align_steps, args.probe_steps, args.rows,
+                      args.context, args.out)
+    print(table(result))
+    if args.out:
+        _note(f"{args.out}: plan.json, plan.png")
+
+
+def _recipe(args, check=None):
     """The recipe file with --set's keys over it, checked before any model is loaded."""
     from .recipe import load_recipe, read_recipe
     recipe = read_recipe(args.recipe) if args.recipe else {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{args.recipe}: a recipe is a mapping of keys to values")
     recipe |= dict(_assigned(args.set))
-    load_recipe(recipe)
+    (check or load_recipe)(recipe)
     return recipe
 
 
@@ -423,7 +458,7 @@ def _kinds(model):
 
 
 def _info(args):
-    from .info import describe
+    from .info import describe, readable
     found = describe(args.folder)
     if args.json:
         return print(json.dumps(found))
@@ -432,10 +467,10 @@ def _info(args):
     lines = {
         "architecture": f"{found['architecture']}, {sum(map(len, found['layers'].values()))} layers: {layers}",
         "parameters": f"{found['parameters']:,}",
-        "weights": ", ".join(f"{_bytes(n)} of {dtype}" for dtype, n in found["bytes"].items()),
-        "decoding": f"{_bytes(found['kv_bytes_per_token'])} of K/V a token"
+        "weights": ", ".join(f"{readable(n)} of {dtype}" for dtype, n in found["bytes"].items()),
+        "decoding": f"{readable(found['kv_bytes_per_token'])} of K/V a token"
                     + (f" (windows of {found['window']} tokens)" if found["window"] else "")
-                    + f", {_bytes(found['state_bytes_per_sequence'])} of state a sequence (float32)",
+                    + f", {readable(found['state_bytes_per_sequence'])} of state a sequence (float32)",
         "vocabulary": f"{found['vocab_size']:,} tokens, stop tokens: {stops}",
         "tokenizer": {None: "none: prompts are token ids", False: "without a chat template", True: "with a chat template"}[
             found["chat_template"]],
@@ -444,11 +479,3 @@ def _info(args):
         print(f"{name:13} {value}")
     for name, size in found["files"].items():
         print(f"{'':13} {size:>15,} {name}")
-
-
-def _bytes(n):
-    for unit in ("bytes", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.4g} GiB"

@@ -73,6 +73,16 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, ch
         calibrate(student, before, layers, sample(data))
 
 
+def restore_layers(student, layers, source):
+    """Undoes conversions: the mixer of each of `layers` becomes the one that it is in `source`, shared until one of the two changes it.
+
+    Norms and MLP stay the student's, as they do when a layer is converted. ValueError, `student` untouched: no such layer, a source
+    of other sizes, dtype or backend."""
+    for layer in _layers(layers, len(student.layer_kinds)):
+        student.c.share_mixer(layer, source.c)
+    student._names = None
+
+
 def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None, check=True, data=None):
     """A student: `teacher` with some attention layers replaced; what is not replaced is shared until one of the two changes it.
 

@@ -77,3 +77,18 @@ def training_memory(arch, teacher, train, batch, length, real, moments="float32"
     parts = {"weights": weights, "gradients": 4 * trained,
              "optimiser": trained * ((8 if moments == "float32" else 4) + (4 if real == 2 else 0)), "activations": activations}
     return {**parts, "total": sum(parts.values())}
+
+
+def held(model):
+    """What a model takes on its device: {"weight_bytes"} and memory's of one sequence. A tied lm_head counts once."""
+    weights = sum(prod(shape) * model.c.raw(name, 0, 0).itemsize for name, shape in model.names.items())
+    real = 2 if (model.device, model.dtype) == ("cuda", "bfloat16") else 4
+    return {"weight_bytes": weights, **memory(architecture(model.config, model.mamba_config), real)}
+
+
+def readable(n):
+    for unit in ("bytes", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"

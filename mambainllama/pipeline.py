@@ -28,7 +28,7 @@ from .data import rows
 from .generate import generate
 from .info import training_memory
 from .model import fits
-from .recipe import DEFAULTS, known, load_recipe, read_recipe, settings
+from .recipe import DEFAULTS, identity, known, load_recipe, read_recipe, settings
 from .report import axes, image, page, table
 from .train import distill, dpo, sft, train
 from .weights import replacing, writing
@@ -123,7 +123,7 @@ class _Run:
         reports, before = [], {"teacher": self.plan["teacher"], "start": self.plan["start"]}
         for i, (name, part) in enumerate(self.plan["run"]):
             folder = self.out / f"{i + 1}-{name}"
-            before = {"before": before, name: json.loads(json.dumps(part, default=str))}
+            before = {"before": before, name: json.loads(json.dumps(identity(part), default=str))}
             reports.append(self.part(name, part, folder, before))
         model = self.model(self.current)
         if not isinstance(self.current, Path):

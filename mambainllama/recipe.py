@@ -39,12 +39,14 @@ DEFAULTS = {
     "checkpoint_every": 200,  # steps
     "eval_every": 200,        # steps
     "eval_data": None,        # held-out rows, or where they are, as data.py says
+    "guard": None,            # train, sft, dpo: {"limit": 0.1, …} ends a run in which recall falls by more (recall.py; … its arguments)
     "mixer": None,            # "mamba1" | "mamba2" of converted layers; null: the student's kind, or mamba2
     "init": "attention",      # of converted layers: "attention" | "identity" | "calibrated" | "random", as convert_layers says
 }
 
 STAGE = ("lr", "warmup", "schedule", "betas", "weight_decay", "clip", "kl", "ce", "temperature", "kl_kind", "align", "on_policy", "train",
          "mixer", "init")  # what a stage may set for itself
+GUARD = ("lengths", "depths", "items", "seed", "pairs", "filler", "batch")  # arguments of recall
 MOST = 2**31 - 1  # tokens of a micro-batch
 
 
@@ -114,6 +116,11 @@ def known(where, given, keys):
 def settings(recipe, stage):
     """What holds in a stage: its own values over the recipe's."""
     return {**recipe, **stage}
+
+
+def identity(recipe):
+    """The recipe without what its run's numbers do not depend on: how far recall may fall."""
+    return {**recipe, "guard": {**recipe["guard"], "limit": None}} if recipe.get("guard") else recipe
 
 
 def _stage(where, stage, recipe):
@@ -197,6 +204,11 @@ def _warmup(value):
     return value
 
 
+def _guard(value):
+    _need(value is None or isinstance(value, dict) and set(value) <= {"limit", *GUARD})
+    return None if value is None else {**value, "limit": _number(0, 1)[0](value.get("limit", 0.1))}
+
+
 def _flag(value):
     _need(isinstance(value, bool))
     return value
@@ -218,6 +230,7 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "prompt_length": _optional(_integer(1)),
     "train": (_patterns, "a list of name patterns"), "recompute": (_flag, "true or false"), "seed": _integer(0),
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path, a list of paths or a list of rows"),
+    "guard": (_guard, f"null or a mapping of limit, from 0 to 1, and of arguments of recall: {', '.join(GUARD)}"),
     "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
     "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),

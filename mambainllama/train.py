@@ -7,7 +7,10 @@ clips the norm of the whole gradient; and lets AdamW move the trainable paramete
 
 A run's folder holds metrics.jsonl (a line a step), checkpoint.npz, and when it is done model/ and report.json. What a step computes
 depends on the weights, the moments and the step's number alone, and the checkpoint holds those: a run that goes on from it repeats
-the steps that were lost, bit for bit, on the same module and thread count."""
+the steps that were lost, bit for bit, on the same module and thread count.
+
+With a `guard`, recall is measured before the first step, every eval_every steps and at the end ("recall" in metrics.jsonl: its score). A
+run in which it fell by more than the limit ends there, with a checkpoint and a ValueError, and goes on from it only with a larger limit."""
 import json
 import math
 import signal
@@ -28,7 +31,8 @@ from .convert import convert_layers
 from .model import MOMENTS, fits
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .preference import Preference
-from .recipe import DEFAULTS, load_recipe, settings
+from .recall import recall, recall_guard
+from .recipe import DEFAULTS, identity, load_recipe, settings
 from .weights import replacing, writing
 
 
@@ -41,14 +45,16 @@ def distill(student, teacher, data, recipe, out=None, progress=None):
     nothing is kept. progress: True or False for the bar; None: only on a terminal.
 
     Report: "steps", "loss", "ce", "kl" (of the last step), "eval" ({"loss", "ce", "kl"} on eval_data after the last step, or
-    None), "stages" (the metrics of each stage's last step), "tokens" (positions computed), "seconds", "tokens_per_second", "fill" (share
-    of an epoch's positions that hold tokens, the rest being padding), "recipe", "history" (path of metrics.jsonl), "model" (folder of
-    the trained model); the last two are None without out.
+    None), "guard" ({"before", "after"}: recall before the first step and after the last, or None), "stages" (the metrics of each stage's last
+    step), "tokens" (positions computed), "seconds", "tokens_per_second", "fill" (share of an epoch's positions that hold tokens, the rest
+    being padding), "recipe", "history" (path of metrics.jsonl), "model" (folder of the trained model); the last two are None without out.
     ValueError: bad recipe or data, models that do not fit, out holds another run. OSError: out cannot be written; the checkpoint
     before is intact. Ctrl-C: the micro-batch ends, a checkpoint is written, KeyboardInterrupt is raised; a second one does not wait."""
     if student is teacher:
         raise ValueError("student and teacher are one model; mil.convert(teacher, mamba_layers=[]) makes a student that shares its weights")
     recipe = load_recipe(recipe)
+    if recipe["guard"]:
+        raise ValueError("recipe: guard belongs to train, sft and dpo; a layer that has just become Mamba recalls little until it has learned")
     return run(student, LanguageModelling(student, teacher, recipe), data, recipe, out, progress)
 
 
@@ -103,14 +109,19 @@ def run(model, goal, data, recipe, out=None, progress=None):
     folder = status = reference = None
     if out is not None:
         reference = goal.reference and goal.reference.fingerprint()
-        folder = Folder(out, {**recipe, "objective": type(goal).__name__, "data": data.fingerprint,
+        folder = Folder(out, {**identity(recipe), "objective": type(goal).__name__, "data": data.fingerprint,
                               "eval_data": held_out and held_out.fingerprint, "teacher": reference, "student": _kept(model, stages)}, stages)
     for batches, name in ((data, "reference.npz"), (held_out, "reference_eval.npz")):
         if batches:
             goal.prepare(batches, folder and folder.path / name, reference)
     if folder:
         status = folder.restore(model)
-    status = status or {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": []}
+    status = {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": [], "guard": None, **(status or {})}
+    guard = recipe["guard"]
+    if guard and not status["guard"]:
+        status["guard"] = {"before": _recall(model, guard)}
+    if fell := _fell(status, guard):  # when it was stopped
+        raise ValueError(fell)
     earlier, total, end = status["seconds"], sum(lengths), 0
     with _interruptible() as interrupted, tqdm(total=total, initial=status["step"], unit="step", dynamic_ncols=True,
                                                disable=None if progress is None else not progress) as bar:
@@ -140,14 +151,20 @@ def run(model, goal, data, recipe, out=None, progress=None):
                     record |= objective.finish(held_out or data)
                 if held_out and ((step + 1) % recipe["eval_every"] == 0 or step + 1 == end):
                     record |= {f"eval_{key}": value for key, value in evaluate(objective, held_out.once).items()}
+                if guard and ((step + 1) % recipe["eval_every"] == 0 or step + 1 == total):
+                    status["guard"]["after"] = _recall(model, guard)
+                    record["recall"] = status["guard"]["after"]["score"]
                 record["seconds"] = status["seconds"] = earlier + time.perf_counter() - began
                 status["last"] = record
                 if step + 1 == end:
                     status["ends"].append(record)
+                fell = _fell(status, guard)
                 if folder:
                     folder.record(record)
-                    if (step + 1) % recipe["checkpoint_every"] == 0 or step + 1 == total:
+                    if (step + 1) % recipe["checkpoint_every"] == 0 or step + 1 == total or fell:
                         folder.save(model, status)
+                if fell:
+                    raise ValueError(fell)
                 bar.set_postfix({"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}, refresh=False)
                 bar.update()
     report = _report(status, recipe, folder, data.fill)
@@ -185,6 +202,17 @@ def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
     return {**sums, "grad_norm": norm, "tokens": sum(batch[0].size for batch in micro)}
 
 
+def _recall(model, guard):
+    """What recall returns, as JSON gives it back."""
+    return json.loads(json.dumps(recall(model, **{key: value for key, value in guard.items() if key != "limit"})))
+
+
+def _fell(status, guard):
+    """None, or a sentence if recall fell too far when it was measured last."""
+    fell = guard and "after" in status["guard"] and recall_guard(status["guard"]["before"], status["guard"]["after"], guard["limit"])
+    return f"step {status['step']}: {fell}; a larger limit of guard lets the run go on" if fell else None
+
+
 def _check_layers(model, stages):
     """Every stage names layers that the model has."""
     count = len(model.layer_kinds)
@@ -215,7 +243,7 @@ def _report(status, recipe, folder, fill):
     last, held_out = status["last"], recipe["eval_data"]
     evaluated = {key[5:]: value for key, value in last.items() if key.startswith("eval_")}
     return {"steps": status["step"], **{key: last[key] for key in METRICS if key in last}, "eval": evaluated or None,
-            "stages": status["ends"], "tokens": status["tokens"], "seconds": status["seconds"],
+            "guard": status["guard"], "stages": status["ends"], "tokens": status["tokens"], "seconds": status["seconds"],
             "tokens_per_second": status["tokens"] / status["seconds"], "fill": fill,
             "recipe": {**recipe, "eval_data": f"{len(held_out)} rows"} if held_out and isinstance(held_out[0], dict) else recipe,
             "history": str(folder.metrics) if folder else None, "model": str(folder.model) if folder else None}

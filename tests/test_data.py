@@ -390,6 +390,7 @@ def test_recipe_files_and_defaults(tmp_path):
     ({"stages": [{"mamba_layers": [1], "steps": 1}, {"mamba_layers": [], "steps": 1}]}, "lacks"),
     ({"stages": [{"steps": 5, "epochs": 1}]}, "not both"), ({"epochs": 0}, "above 0"), ({"steps": 5, "on_policy": True}, "belongs to align"),
     ({"stages": [{"steps": 5, "kl": 0, "ce": 0}]}, "nothing to learn"), ({"stages": [{"steps": 5, "length": 9}]}, "unknown key 'length'"),
+    ({"steps": 5, "guard": {"limits": 1}}, "guard must be null or a mapping"), ({"steps": 5, "guard": {"limit": 2}}, "from 0 to 1"),
     (7, "dict or a path"), ("/nowhere.yaml", "No such file"),
 ])
 def test_a_bad_recipe_is_one_sentence(recipe, says):
