@@ -230,6 +230,11 @@ def gpu_cases(m):
            20e-9 * n, None)
     h, table, target = randn(2048, 4096), big[:128256], rng.integers(0, 128256, 2048).astype(np.int32)
     yield "lm_loss backward 2048 rows, V 128256, teacher", "lm_loss_backward", dict(h=h, w=table, target=target, th=h, tw=table), None, 6e-12 * 2048 * 4096 * 128256
+    ids = np.tile(np.arange(32, dtype=np.int32), (2048, 1))
+    known = dict(ids=ids, log_probs=np.full(ids.shape, -np.log(33), np.float32), tail=np.full(2048, -np.log(33), np.float32))
+    yield ("lm_loss backward, the same with 32 tokens of a cache", "lm_loss_backward", dict(h=h, w=table, target=target, **known), None,
+           4e-12 * 2048 * 4096 * 128256)
+    yield "top_log_probs 2048 rows, V 128256, 32 tokens", "top_log_probs", dict(known, h=h, w=table), None, 2e-12 * 2048 * 4096 * 128256
     logits = randn(8, 128256)
     ones, zero = np.ones(8, np.float32), np.zeros(8, np.int32)
     yield "sample 8 rows, greedy", "sample", dict(logits=logits, temperature=ones * 0, top_k=zero, top_p=ones, min_p=ones * 0, u=ones / 2), 4e-9 * logits.size, None

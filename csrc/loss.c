@@ -13,6 +13,7 @@ typedef struct {
   float *ce, *kl, *z, *u;
   const size_t *row;
   const int32_t *target;
+  const Teacher *t;
   const float *wce, *wkl;
   float tau;
   int kind, gradient;
@@ -42,6 +43,21 @@ static Softmax softmax(const float *x, float beta, size_t n) {
     sum += s;
   }
   return (Softmax){max, sum};
+}
+
+/* u (V) = logits of a teacher of whom J tokens are known, its others sharing the tail as z's do. For them log t - log s is one number, so
+ * every divergence from z is that over J+1 outcomes. So is its gradient by z: of all teachers with this tail it is the nearest to z, and
+ * that u moves along with z does not count. */
+static void expand(float *restrict u, const float *restrict z, const Teacher *t, size_t m, float tau, size_t V) {
+  const int32_t *id = t->ids + m * t->J;
+  memcpy(u, z, V * sizeof *u);
+  if (t->J < V) {
+    for (size_t i = 0; i < t->J; i++) u[id[i]] = -INFINITY;
+    const Softmax rest = softmax(u, 1 / tau, V);
+    const float shift = tau * (fmaxf(t->tail[m], LEAST_LOG_PROB) - (float)log(rest.sum)) - rest.max;
+    for (size_t i = 0; i < V; i++) u[i] += shift;
+  }
+  for (size_t i = 0; i < t->J; i++) u[id[i]] = tau * fmaxf(t->log_probs[m * t->J + i], LEAST_LOG_PROB);
 }
 
 /* d = log t - log s of one logit, s = softmax(z beta), t = softmax(u beta), shift = log t.sum - log s.sum */
@@ -117,6 +133,7 @@ static void chunk_rows(void *arg, size_t i, size_t end, size_t worker) {
   for (; i < end; i++) {
     const size_t m = c->row[i];
     float *z = c->z + i * c->V, *u = c->u ? c->u + i * c->V : NULL;
+    if (c->t->ids) expand(u, z, c->t, m, c->tau, c->V);
     if (u) c->kl[m] = (float)row_kl(u, z, c, kl_weight(c->wkl, c->target, m));
     c->ce[m] = (float)row_ce(z, u, c, c->target[m], ce_weight(c->wce, c->target, m));
   }
@@ -127,30 +144,30 @@ static void gather(real *dst, const real *src, const size_t *row, size_t n, size
 }
 
 /* dh NULL: the losses alone */
-static void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
-                    Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
-                    size_t K) {
+static void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, Teacher t,
+                    const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V) {
   memset(ce, 0, M * sizeof *ce);
   memset(kl, 0, M * sizeof *kl);
   if (dh) memset(dh, 0, M * C * sizeof *dh);
   if (!M || !V) return;
-  const size_t rows = min(M, min(MAX_ROWS, MAX_LOGITS / V + 1)), teacher = th ? 1 : 0, gradient = dh ? 1 : 0;
+  const size_t rows = min(M, min(MAX_ROWS, MAX_LOGITS / V + 1)), teacher = t.h || t.ids, gradient = dh ? 1 : 0;
+  const size_t K = t.ids ? 0 : t.K;
   float *z = device_alloc(rows * ((1 + teacher) * V + (1 + gradient) * C + teacher * K) * sizeof *z + rows * sizeof(size_t));
   if (!z) return;
   size_t *row = (size_t *)z;
   z = (float *)(row + rows);
-  float *u = th ? z + rows * V : NULL;
+  float *u = teacher ? z + rows * V : NULL;
   real *x = z + (1 + teacher) * rows * V, *dx = x + rows * C, *tx = x + (1 + gradient) * rows * C;
-  Chunk c = {ce, kl, z, u, row, target, wce, wkl, tau, kind, dh != NULL, V};
+  Chunk c = {ce, kl, z, u, row, target, &t, wce, wkl, tau, kind, dh != NULL, V};
   for (size_t m = 0; m < M;) {
     size_t n = 0;
     for (; m < M && n < rows; m++)
-      if (ce_weight(wce, target, m) != 0 || (th && kl_weight(wkl, target, m) != 0)) row[n++] = m;
+      if (ce_weight(wce, target, m) != 0 || (teacher && kl_weight(wkl, target, m) != 0)) row[n++] = m;
     gather(x, h, row, n, C);
     linear_forward(z, x, w, NULL, 0, 1, n, C, V);
-    if (th) {
-      gather(tx, th, row, n, K);
-      linear_forward(u, tx, tw, NULL, 0, 1, n, K, V);
+    if (teacher && !t.ids) {
+      gather(tx, t.h, row, n, K);
+      linear_forward(u, tx, t.w, NULL, 0, 1, n, K, V);
     }
     parallel(chunk_rows, &c, n, 50.0 * (1 + teacher) * V);
     if (!dh) continue;
@@ -160,15 +177,76 @@ static void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Ma
   device_free(row);
 }
 
-void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
-                     const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
-  lm_loss(ce, kl, NULL, NULL, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, Teacher t, const float *wce, const float *wkl,
+                     float tau, int kind, size_t M, size_t C, size_t V) {
+  lm_loss(ce, kl, NULL, NULL, h, w, target, t, wce, wkl, tau, kind, M, C, V);
 }
 
-void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
-                      Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
-                      size_t K) {
-  lm_loss(ce, kl, dh, dw, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, Teacher t,
+                      const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V) {
+  lm_loss(ce, kl, dh, dw, h, w, target, t, wce, wkl, tau, kind, M, C, V);
+}
+
+/* ---- what a cache keeps of a teacher --------------------------------------------------------------------------------- */
+
+typedef struct {
+  int32_t *ids;
+  float *log_probs, *tail, *z;
+  float tau;
+  size_t V, J;
+} Top;
+
+/* Whether the logit x of token i comes after y of token j. */
+static int after(float x, int32_t i, float y, int32_t j) { return x < y || (x == y && i > j); }
+
+/* The heap's place i, whose children are heaps, takes (x, token): the last of a heap is its first. */
+static void sink(float *x_of, int32_t *token_of, size_t i, size_t n, float x, int32_t token) {
+  for (size_t child; (child = 2 * i + 1) < n; i = child) {
+    child += child + 1 < n && after(x_of[child + 1], token_of[child + 1], x_of[child], token_of[child]);
+    if (!after(x_of[child], token_of[child], x, token)) break;
+    x_of[i] = x_of[child], token_of[i] = token_of[child];
+  }
+  x_of[i] = x, token_of[i] = token;
+}
+
+/* A heap of the J first so far, sorted in the end; z is used up. */
+static void top_row(int32_t *id, float *log_p, float *tail, float *z, float tau, size_t V, size_t J) {
+  for (size_t i = 0; i < J; i++) log_p[i] = z[i], id[i] = (int32_t)i;
+  for (size_t i = J / 2; i--;) sink(log_p, id, i, J, log_p[i], id[i]);
+  for (size_t i = J; i < V && J; i++)
+    if (z[i] > log_p[0]) sink(log_p, id, 0, J, z[i], (int32_t)i);
+  for (size_t n = J; n-- > 1;) {
+    const float x = log_p[n];
+    const int32_t token = id[n];
+    log_p[n] = log_p[0], id[n] = id[0];
+    sink(log_p, id, 0, n, x, token);
+  }
+  for (size_t i = 0; i < J; i++) z[id[i]] = -INFINITY;
+  const Softmax rest = J < V ? softmax(z, 1 / tau, V) : (Softmax){-INFINITY, 1};
+  const double most = J ? log_p[0] : rest.max, beta = 1 / tau, log_rest = (rest.max - most) * beta + log(rest.sum);
+  double sum = exp(log_rest);
+  for (size_t i = 0; i < J; i++) sum += exp((log_p[i] - most) * beta);
+  for (size_t i = 0; i < J; i++) log_p[i] = (float)((log_p[i] - most) * beta - log(sum));
+  *tail = (float)(log_rest - log(sum));
+}
+
+static void top_rows(void *arg, size_t i, size_t end, size_t worker) {
+  (void)worker;
+  const Top *c = arg;
+  for (; i < end; i++) top_row(c->ids + i * c->J, c->log_probs + i * c->J, c->tail + i, c->z + i * c->V, c->tau, c->V, c->J);
+}
+
+void top_log_probs(int32_t *ids, float *log_probs, float *tail, const real *h, Matrix w, float tau, size_t M, size_t C, size_t V,
+                   size_t J) {
+  const size_t rows = min(M, min(MAX_ROWS, MAX_LOGITS / V + 1));
+  float *z = device_alloc(rows * V * sizeof *z);
+  for (size_t m = 0; m < M && z; m += rows) {
+    const size_t n = min(rows, M - m);
+    linear_forward(z, h + m * C, w, NULL, 0, 1, n, C, V);
+    Top c = {ids + m * J, log_probs + m * J, tail + m, z, tau, V, J};
+    parallel(top_rows, &c, n, 10.0 * V);
+  }
+  device_free(z);
 }
 
 /* ---- squared error -------------------------------------------------------------------------------------------------------- */

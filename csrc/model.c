@@ -505,7 +505,13 @@ static real *final_hidden(Model *m, const Call *k, const real *h) {
   return normed;
 }
 
-int model_loss(Model *m, Model *teacher, float *out, const int32_t *ids, const int32_t *target, const float *wce,
+static void *pushed(Arena *a, const void *host, size_t bytes) {
+  void *device = take(a, bytes);
+  device_push(device, host, bytes);
+  return device;
+}
+
+int model_loss(Model *m, Model *teacher, Teacher top, float *out, const int32_t *ids, const int32_t *target, const float *wce,
                const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T) {
   const size_t M = B * T, C = m->c.width, V = m->c.vocab;
   Saved *volatile saved = NULL;
@@ -515,13 +521,12 @@ int model_loss(Model *m, Model *teacher, float *out, const int32_t *ids, const i
     return -1;
   }
   Rows rows = {.prev = prev};
-  real *th = NULL;
-  Matrix tw = {0};
+  Teacher t = top;
   if (teacher) {
     arena_begin(&teacher->arena, &out_of_memory);
     Call k = begin_call(teacher, NULL, ids, &rows, 0, NULL, 0, B, T);
-    th = final_hidden(teacher, &k, run_layers(teacher, &k, NULL, 0));
-    tw = matrix(head(teacher), 0);
+    real *h = run_layers(teacher, &k, NULL, 0);
+    t = (Teacher){.h = final_hidden(teacher, &k, h), .w = matrix(head(teacher), 0), .K = teacher->c.width};
   }
   Arena *a = &m->arena;
   arena_begin(a, &out_of_memory);
@@ -531,20 +536,24 @@ int model_loss(Model *m, Model *teacher, float *out, const int32_t *ids, const i
   Call k = begin_call(m, NULL, ids, &rows, 0, target, 0, B, T);
   const int32_t *device_target = k.target;
   real *h = run_layers(m, &k, saved, recompute);
+  if (top.ids) {
+    t.ids = pushed(a, top.ids, M * t.J * sizeof *t.ids);
+    t.log_probs = pushed(a, top.log_probs, M * t.J * sizeof *t.log_probs);
+    t.tail = pushed(a, top.tail, M * sizeof *t.tail);
+  }
   float *losses = take(a, 2 * M * sizeof *losses), *weight = take(a, 2 * M * sizeof *weight);
   device_push(weight, wce, M * sizeof *weight);
   device_push(weight + M, wkl, M * sizeof *weight);
   real *normed = final_hidden(m, &k, h);
   Matrix w = matrix(head(m), 0);
-  size_t K = teacher ? teacher->c.width : 0;
   if (backward) {
     real *dnormed = reals(a, M * C), *dh = reals(a, M * C);
-    lm_loss_backward(losses, losses + M, dnormed, gradient(m, head(m)), normed, w, device_target, th, tw, weight, weight + M, tau,
-                     kind, M, C, V, K);
+    lm_loss_backward(losses, losses + M, dnormed, gradient(m, head(m)), normed, w, device_target, t, weight, weight + M, tau, kind, M, C,
+                     V);
     rmsnorm_backward(dh, gradient(m, m->top + NORM), dnormed, h, vector(m->top + NORM), m->c.eps, 0, M, C);
     layers_backward(m, &k, saved, dh, recompute);
   } else {
-    lm_loss_forward(losses, losses + M, normed, w, device_target, th, tw, weight, weight + M, tau, kind, M, C, V, K);
+    lm_loss_forward(losses, losses + M, normed, w, device_target, t, weight, weight + M, tau, kind, M, C, V);
   }
   device_pull(out, losses, 2 * M * sizeof *out);
   free(saved);
@@ -634,5 +643,24 @@ int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, con
     i += aligned;
   }
   device_pull(errors, error, n * M * sizeof *errors);
+  return 0;
+}
+
+int model_top(Model *m, int32_t *top, float *log_probs, float *tail, const int32_t *ids, const int32_t *prev, float tau, size_t J, size_t B,
+              size_t T) {
+  const size_t M = B * T;
+  jmp_buf out_of_memory;
+  if (setjmp(out_of_memory)) return -1;
+  Rows rows = {.prev = prev};
+  Arena *a = &m->arena;
+  arena_begin(a, &out_of_memory);
+  Call k = begin_call(m, NULL, ids, &rows, 0, NULL, 0, B, T);
+  real *h = run_layers(m, &k, NULL, 0), *normed = final_hidden(m, &k, h);
+  int32_t *device_top = take(a, M * J * sizeof *top);
+  float *device_probs = take(a, M * J * sizeof *log_probs), *device_tail = take(a, M * sizeof *tail);
+  top_log_probs(device_top, device_probs, device_tail, normed, matrix(head(m), 0), tau, M, m->c.width, m->c.vocab, J);
+  device_pull(top, device_top, M * J * sizeof *top);
+  device_pull(log_probs, device_probs, M * J * sizeof *log_probs);
+  device_pull(tail, device_tail, M * sizeof *tail);
   return 0;
 }

@@ -182,8 +182,9 @@ void param_set_trainable(Model *m, Param *p, int trainable);
 int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
 int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
 
-/* losses: ce, then kl, of each position (2,M) host. Weights (M) host; gradient of sum wce ce + wkl kl when backward. */
-int model_loss(Model *m, Model *teacher, float *losses, const int32_t *ids, const int32_t *target, const float *wce,
+/* losses: ce, then kl, of each position (2,M) host. Weights (M) host; gradient of sum wce ce + wkl kl when backward. KL to teacher, or to
+ * what `top` has of one (ids, log_probs, tail, on the host), or neither (NULL, ids NULL). */
+int model_loss(Model *m, Model *teacher, Teacher top, float *losses, const int32_t *ids, const int32_t *target, const float *wce,
                const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
 
 /* The residual stream (n,M,C) host: what goes into the layers `layer` (n, rising; `layers` is what comes out of the last), or with `mid`
@@ -194,6 +195,9 @@ int model_hidden(Model *m, float *out, const int32_t *ids, const int32_t *layer,
  * (n,M) host: the gradient of sum weight errors goes to these layers of m, through nothing but the layer itself; NULL: none. */
 int model_align(Model *m, Model *teacher, float *errors, const int32_t *ids, const int32_t *layer, size_t n, const float *weight, int hidden,
                 int own, const int32_t *prev, size_t B, size_t T);
+/* What a cache has of the model (ops.h, top_log_probs): ids, log_probs (M,J), tail (M), all on the host. */
+int model_top(Model *m, int32_t *top, float *log_probs, float *tail, const int32_t *ids, const int32_t *prev, float tau, size_t J, size_t B,
+              size_t T);
 
 real *reals(Arena *arena, size_t n);
 void arena_begin(Arena *arena, jmp_buf *out_of_memory); /* a call starts: everything taken before is free */

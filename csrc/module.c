@@ -245,6 +245,23 @@ int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int p
   return 0;
 }
 
+int check_top(const char *what, const int32_t *ids, size_t M, size_t J, size_t V) {
+  size_t *met = calloc(V ? V : 1, sizeof *met), i = 0; /* the last row that has a token, from 1 on */
+  if (!met) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  for (; i < M * J; i++) {
+    if (ids[i] < 0 || (size_t)ids[i] >= V || met[ids[i]] == i / J + 1) break;
+    met[ids[i]] = i / J + 1;
+  }
+  free(met);
+  if (i == M * J) return 0;
+  PyErr_Format(PyExc_ValueError, "%s: argument 'ids' holds %d at flat index %zu, expected different tokens from 0 to %zu in a row of %zu",
+               what, (int)ids[i], i, V - 1, J);
+  return -1;
+}
+
 /* The cursors of the slots in use: seen <= committed <= pos, and a ring of R + PENDING tokens holds what lies between the checkpoint,
  * at floor(seen/R)*R, and pos, and between what is committed and the call's last token. */
 static int check_cursors(const Op *op, Rows r, size_t B, size_t T) {
@@ -291,7 +308,8 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
   size_t B = n['b'], T = n['t'], S = bound['s'] ? n['s'] : B;
   long long far = 1 << 30;
   if (both_or_none(op, a, "kcache", "vcache") || both_or_none(op, a, "ring_x", "ring_dt") ||
-      both_or_none(op, a, "ring_x", "ring_B") || both_or_none(op, a, "th", "tw"))
+      both_or_none(op, a, "ring_x", "ring_B") || both_or_none(op, a, "th", "tw") ||
+      both_or_none(op, a, "ids", "log_probs") || both_or_none(op, a, "ids", "tail"))
     return -1;
   int past = has(op, a, "ring_x") || has(op, a, "kcache") || has(op, a, "cache");
   if (has(op, a, "ring_x")) {
@@ -325,6 +343,14 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
       check_range(op, a, "committed", 0, far, S) || check_range(op, a, "seen", 0, far, S) ||
       check_range(op, a, "position", 0, far, !strcmp(op->name, "uniform") ? B : B * T))
     return -1;
+  int known = find_param(op, "log_probs");
+  if (known >= 0 && op->param[known].in_place && n['j'] > n['v']) {
+    PyErr_Format(PyExc_ValueError, "%s: size j (%zu) must be at most size v (%zu)", op->name, n['j'], n['v']);
+    return -1;
+  }
+  if (known >= 0 && !op->param[known].in_place && a[known].data &&
+      check_top(op->name, a[find_param(op, "ids")].data, n['m'], n['j'], n['v']))
+    return -1;
   int i = find_param(op, "to"), kind = find_param(op, "kind");
   if (i >= 0 && (a[i].number + a[i + 2].number > (double)n['n'] || a[i + 1].number + a[i + 2].number > (double)n['m'])) {
     PyErr_Format(PyExc_ValueError, "%s: rows %zu of src to row %zu of dst do not fit (%zu and %zu rows)", op->name,
@@ -350,7 +376,7 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
     return -1;
   }
   i = find_param(op, "temperature");
-  if (kind >= 0 && a[i].given && a[i].number <= 0) {
+  if ((kind >= 0 || known >= 0) && a[i].given && a[i].number <= 0) {
     PyErr_Format(PyExc_ValueError, "%s: argument 'temperature' must be positive", op->name);
     return -1;
   }

@@ -16,6 +16,8 @@
 /* slot distinct (NULL: S >= B); prev a chain of documents, or with a `past` (caches, a ring) a chain, or for few tokens a tree.
  * -1: a sentence is set, beginning with `what`. */
 int check_rows(const char *what, const int32_t *slot, const int32_t *prev, int past, size_t B, size_t T, size_t S);
+/* ids (M,J): from 0 to V-1, different ones in a row. -1: a sentence is set, beginning with `what`. */
+int check_top(const char *what, const int32_t *ids, size_t M, size_t J, size_t V);
 /* NULL, with MemoryError or RuntimeError set: what the device latched. */
 PyObject *raise_failure(const char *where, const char *failure);
 int add_types(PyObject *module); /* pymodel.c: Model and State */

@@ -182,20 +182,37 @@ void ssd_backward(real *dx, real *ddt, float *dA_log, real *dB, real *dC, float 
 /* ---- loss.c -------------------------------------------------------------------------------------------------------- */
 
 enum { FORWARD, REVERSE, JENSEN_SHANNON }; /* kind */
-/* Per row m, with z = h[m] w^T (student) and u = th[m] tw^T (teacher, NULL: no KL), both never held for more than a chunk of
+/* What the student is held to: a model's hidden states h (M,K) and lm_head w (V,K); or, if ids is not NULL, what a cache has of it: J
+ * different tokens, ids (M,J), their log-probabilities (M,J) at temperature tau, and the log-mass of all others, tail (M); or nothing.
+ * What lies below LEAST_LOG_PROB, -inf too, counts as that. */
+typedef struct {
+  const real *h;
+  Matrix w;
+  size_t K;
+  const int32_t *ids;
+  const float *log_probs, *tail;
+  size_t J;
+} Teacher;
+#define LEAST_LOG_PROB -1e4f /* e to it is 0, and yet 0 times it is no NaN */
+/* Per row m, with z = h[m] w^T (student) and u = t.h[m] t.w^T (teacher), both never held for more than a chunk of
  * rows:  ce[m] = -log softmax(z)[target[m]]   (0 where target < 0)
  *        kl[m] = tau^2 KL(softmax(u/tau) || softmax(z/tau))      kind 0, forward
  *                tau^2 KL(softmax(z/tau) || softmax(u/tau))      kind 1, reverse
  *                half of either KL to the mean of both             kind 2, Jensen-Shannon, times tau^2
+ * Of a cache both distributions are taken over J+1 outcomes, the J tokens and "any other". That is a lower bound of what the whole
+ * teacher gives (data-processing inequality), and equal to it for J = V.
  * What is not asked for (weights both 0) is skipped and reads 0. wce NULL: 1 where target >= 0, else 0; wkl NULL: the same if
  * there is a teacher. A weighted sequence log-probability (DPO) is -sum ce with wce as its weights.
- * ce, kl, wce, wkl (M)  h (M,C)  w (V,C)  target (M)  th (M,K)  tw (V,K) */
-void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
-                     const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K);
+ * ce, kl, wce, wkl (M)  h (M,C)  w (V,C)  target (M) */
+void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, Teacher t, const float *wce, const float *wkl,
+                     float tau, int kind, size_t M, size_t C, size_t V);
 /* The same losses, and the gradient of sum_m wce[m] ce[m] + wkl[m] kl[m]: dh =, dw += (float (V,C), NULL: frozen). */
-void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
-                      Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
-                      size_t K);
+void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, Teacher t,
+                      const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V);
+/* What a cache has of a row's p = softmax(h[m] w^T / tau): the J <= V likeliest tokens, downwards, of equal ones the lower id first;
+ * log p of these; and tail = the log of what all others have together, about their own largest, so that it is -inf for J = V alone.
+ * ids, log_probs (M,J)  tail (M)  h (M,C)  w (V,C) */
+void top_log_probs(int32_t *ids, float *log_probs, float *tail, const real *h, Matrix w, float tau, size_t M, size_t C, size_t V, size_t J);
 
 /* y[m] = sum_c (a[m,c] - b[m,c])^2, in float.   y (M) float  a, b (M,C) */
 void squared_error_forward(float *y, const real *a, const real *b, size_t M, size_t C);

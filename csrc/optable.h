@@ -12,7 +12,9 @@
 #define RECURRENT STATEFUL " committed@?:s seen@?:s"
 #define SCAN_ARGS "x:btd dt:btd A_log%:dn B:btjn C:btkn D%?:d dt_bias%?:d z?:btd "
 #define SSD_ARGS "x:btgp dt:bth A_log%:h B:btgn C:bthn D%?:h dt_bias%?:h "
-#define LOSS_ARGS "h:mc w#:vc target@:m th?:mk tw#?:vk wce%?:m wkl%?:m temperature%?:1 kind@?:1 "
+#define LOSS_ARGS \
+  "h:mc w#:vc target@:m th?:mk tw#?:vk ids@?:mj log_probs%?:mj tail%?:m wce%?:m wkl%?:m temperature%?:1 kind@?:1 "
+#define TEACHER ((Teacher){r(3), mat(4), n['k'], i32(5), f(6), f(7), n['j']})
 
 ROW(linear_forward, "x:btk w#:ok bias%?:o -> y:bto", "", 0, "y = x w^T + bias. At most 16 tokens: row-invariant.",
     linear_forward(r(3), r(0), mat(1), f(2), 0, n['b'], n['t'], n['k'], n['o']))
@@ -95,13 +97,16 @@ ROW(ssd_backward,
                       f(7), rows, n['b'], n['t'], n['h'], n['g'], n['p'], n['n']))
 ROW(lm_loss_forward, LOSS_ARGS "-> ce%:m kl%:m", "v>0", 0,
     "Cross-entropy of target and KL to the teacher's softmax(th tw^T / temperature), both fused with lm_head.\n"
-    "kind 0: KL(teacher || student), 1: reverse, 2: Jensen-Shannon; includes temperature^2. Rows of weight 0 (default: target < 0) are skipped.",
-    lm_loss_forward(f(9), f(10), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0), n['m'], n['c'],
-                         n['v'], n['k']))
+    "kind 0: KL(teacher || student), 1: reverse, 2: Jensen-Shannon; includes temperature^2. Rows of weight 0 (default: target < 0) are skipped.\n"
+    "ids, log_probs, tail: instead of th, what top_log_probs gave of the teacher; KL is then over j tokens and any other: a lower bound.",
+    lm_loss_forward(f(12), f(13), r(0), mat(1), i32(2), TEACHER, f(8), f(9), num(10, 1), (int)whole(11, 0), n['m'], n['c'], n['v']))
 ROW(lm_loss_backward, LOSS_ARGS "dw%!?:vc -> ce%:m kl%:m dh:mc", "v>0", 0,
     "lm_loss_forward and the gradient of sum wce ce + wkl kl: dh =, dw +=.",
-    lm_loss_backward(f(10), f(11), r(12), f(9), r(0), mat(1), i32(2), r(3), mat(4), f(5), f(6), num(7, 1), (int)whole(8, 0),
-                          n['m'], n['c'], n['v'], n['k']))
+    lm_loss_backward(f(13), f(14), r(15), f(12), r(0), mat(1), i32(2), TEACHER, f(8), f(9), num(10, 1), (int)whole(11, 0), n['m'],
+                          n['c'], n['v']))
+ROW(top_log_probs, "ids@!:mj log_probs%!:mj tail%!:m h:mc w#:vc temperature%?:1 ->", "v>0", 0,
+    "The j largest of log softmax(h w^T / temperature) in each row, their ids, and the log of what all others have together.",
+    top_log_probs(i32(0), f(1), f(2), r(3), mat(4), num(5, 1), n['m'], n['c'], n['v'], n['j']))
 ROW(squared_error_forward, "a:mc b:mc -> y%:m", "", 0, "y = the sum over c of (a - b)^2.",
     squared_error_forward(f(2), r(0), r(1), n['m'], n['c']))
 ROW(squared_error_backward, "dy%:m a:mc b:mc -> da:mc", "", 0, "da = 2 dy (a - b).",

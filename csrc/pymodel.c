@@ -544,15 +544,28 @@ static PyObject *model_loss_(PyObject *self, PyObject *args, PyObject *kwargs) {
       read_ids(ids_value, &o->m, &ids, &B, &T) || !(target = ints(target_value, "targets", B * T, INT32_MIN, (long)o->m.c.vocab - 1)) ||
       !(wce = floats(wce_value, "wce", B * T)) || !(wkl = floats(wkl_value, "wkl", B * T)))
     return NULL;
+  Teacher top = {0};
   Model *t = NULL;
-  if (teacher != Py_None && !(t = read_teacher(o, teacher))) return NULL;
+  if (PyTuple_Check(teacher)) {
+    PyObject *top_ids, *log_probs, *tail;
+    if (!PyArg_ParseTuple(teacher, "OOO", &top_ids, &log_probs, &tail)) return NULL;
+    top.J = B && T && PyArray_Check(top_ids) ? (size_t)PyArray_SIZE((PyArrayObject *)top_ids) / (B * T) : 0;
+    if (!(top.ids = ints(top_ids, "ids", B * T * top.J, INT32_MIN, INT32_MAX)) ||
+        !(top.log_probs = floats(log_probs, "log_probs", B * T * top.J)) || !(top.tail = floats(tail, "tail", B * T)) ||
+        check_top("teacher", top.ids, B * T, top.J, o->m.c.vocab))
+      return NULL;
+  } else if (teacher != Py_None && !(t = read_teacher(o, teacher))) {
+    return NULL;
+  }
   if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
   if (check_rows("loss", NULL, before, 0, B, T, B)) return NULL;
   npy_intp shape[3] = {2, (npy_intp)B, (npy_intp)T};
   PyObject *out = PyArray_SimpleNew(3, shape, NPY_FLOAT32);
   int failed = 0;
   if (!out) return NULL;
-  if (B && T) COMPUTE(failed = model_loss(&o->m, t, PyArray_DATA((PyArrayObject *)out), ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
+  float *losses = PyArray_DATA((PyArrayObject *)out);
+  if (B && T)
+    COMPUTE(failed = model_loss(&o->m, t, top, losses, ids, target, wce, wkl, before, tau, kind, backward, recompute, B, T))
   return unless(failed, "Model.loss", out);
 }
 
@@ -611,6 +624,29 @@ static PyObject *model_align_(PyObject *self, PyObject *args) {
   if (!out) return NULL;
   if (B && T) COMPUTE(failed = model_align(&o->m, t, PyArray_DATA((PyArrayObject *)out), ids, layer, n, weight, hidden, own, before, B, T))
   return unless(failed, "Model.align", out);
+}
+
+static PyObject *model_top_(PyObject *self, PyObject *args) {
+  ModelObject *o = (ModelObject *)self;
+  PyObject *ids_value, *prev;
+  float tau;
+  Py_ssize_t J;
+  const int32_t *ids, *before = NULL;
+  size_t B, T;
+  if (!PyArg_ParseTuple(args, "OOfn", &ids_value, &prev, &tau, &J) || read_ids(ids_value, &o->m, &ids, &B, &T)) return NULL;
+  if (J < 1 || (size_t)J > o->m.c.vocab)
+    return PyErr_Format(PyExc_ValueError, "k is %zd, expected 1 to the vocabulary's %zu", J, o->m.c.vocab);
+  if (prev != Py_None && !(before = ints(prev, "prev", B * T, -2, (long)T))) return NULL;
+  if (check_rows("top_log_probs", NULL, before, 0, B, T, B)) return NULL;
+  npy_intp shape[3] = {(npy_intp)B, (npy_intp)T, J};
+  PyObject *top = PyArray_SimpleNew(3, shape, NPY_INT32), *log_probs = PyArray_SimpleNew(3, shape, NPY_FLOAT32);
+  PyObject *tail = PyArray_SimpleNew(2, shape, NPY_FLOAT32), *out = Py_BuildValue("NNN", top, log_probs, tail); /* NULL if one of them is */
+  if (!out || !B || !T) return out;
+  int failed;
+#define DATA(array) PyArray_DATA((PyArrayObject *)(array))
+  COMPUTE(failed = model_top(&o->m, DATA(top), DATA(log_probs), DATA(tail), ids, before, tau, (size_t)J, B, T))
+#undef DATA
+  return unless(failed, "Model.top_log_probs", out);
 }
 
 /* One round (model.h, Round): checks against both States here. */
@@ -696,9 +732,10 @@ static PyMethodDef model_methods[] = {
      "round(state, draft, draft_state, (slot, last, index, at, count, unread, keep), (temperature, top_k, top_p, min_p), seed, want_logits)\n"
      "-> (proposed, accepted, token, logits or None)"},
     {"loss", (PyCFunction)(void (*)(void))model_loss_, METH_VARARGS | METH_KEYWORDS,
-     "loss(ids, targets, wce, wkl, teacher, prev, temperature, kind, backward, recompute) -> sums of ce and kl over rows"},
+     "loss(ids, targets, wce, wkl, teacher or (ids, log_probs, tail), prev, temperature, kind, backward, recompute) -> ce, kl of each"},
     {"hidden", model_hidden_, METH_VARARGS, "hidden(ids, layers, prev, mid) -> the stream before these layers, or in their middle"},
     {"align", model_align_, METH_VARARGS, "align(ids, teacher, layers, weights or None, hidden, own_prefix, prev) -> squared errors (layers, B, T)"},
+    {"top_log_probs", model_top_, METH_VARARGS, "top_log_probs(ids, prev, temperature, k) -> (ids, log_probs, tail)"},
     {0}};
 
 /* ---- State ------------------------------------------------------------------------------------------------------------------------------ */

@@ -56,6 +56,12 @@ HD uint16_t float_to_bf16(float f) {
   return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : r);
 }
 
+/* Larger floats have larger ranks; -0 ranks as 0. */
+HD uint32_t rank(float x) {
+  uint32_t u = float_to_bits(x + 0.0f);
+  return u >> 31 ? ~u : u | 0x80000000u;
+}
+
 /* exp(x): 2^n e^r with |r| <= ln2/2, e^r by a degree-7 Taylor polynomial. 0 below -87.3, inf above 88.72, NaN through. */
 HD float exp_(float x) {
   float c = x < -87.3f ? -87.3f : x;

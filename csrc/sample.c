@@ -54,12 +54,6 @@ static double total(const float *p, size_t V) {
   return s;
 }
 
-/* Larger floats have larger ranks; -0 ranks as 0. */
-static uint32_t rank(float x) {
-  uint32_t u = float_to_bits(x + 0.0f);
-  return u >> 31 ? ~u : u | 0x80000000u;
-}
-
 /* Keeps the shortest prefix of the tokens, ordered by logit downwards and then by index, whose mass (or count) reaches
  * limit > 0; the rest of p becomes 0. Radix selection, by 11, 11 and 10 bits of its rank, of the last logit to stay. */
 static void keep_prefix(float *p, const float *x, double limit, int by_mass, size_t V) {

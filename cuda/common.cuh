@@ -109,6 +109,16 @@ static inline bool all_aligned(const void *a, const void *b = nullptr, const voi
   return !(((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d | (uintptr_t)e) & 15);
 }
 
+/* ---- logits in order: larger ones first, of equal ones the lower index ------------------------------------------------------------ */
+
+typedef unsigned long long Key;
+__device__ static inline Key key_of(float x, size_t i) { return (Key)rank(x) << 32 | (0xffffffffu - (uint32_t)i); }
+__device__ static inline uint32_t index_of(Key key) { return 0xffffffffu - (uint32_t)key; }
+__device__ static inline float logit_of(Key key) {
+  const uint32_t r = (uint32_t)(key >> 32);
+  return __uint_as_float(r >> 31 ? r ^ 0x80000000u : ~r);
+}
+
 /* ---- reductions: a fixed order --------------------------------------------------------------------------------------------------- */
 
 template <class T> __device__ T warp_sum(T v) {

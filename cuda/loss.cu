@@ -157,24 +157,103 @@ template <bool JS> __global__ void __launch_bounds__(THREADS) loss_rows(Chunk c)
   if (threadIdx.x == 0) c.kl[i] = r.u ? fmaxf(kl(), 0) * r.tau * r.tau : 0;
 }
 
+/* u as expand in csrc/loss.c makes it */
+__global__ void __launch_bounds__(THREADS) expand_rows(float *u, const float *z, const int32_t *id, const float *log_p, const float *tail,
+                                                       float tau, size_t V, size_t J) {
+  const size_t row = blockIdx.x;
+  const float beta = 1 / tau;
+  u += row * V, z += row * V, id += row * J, log_p += row * J;
+  for (size_t i = threadIdx.x; i < V; i += THREADS) u[i] = z[i];
+  __syncthreads();
+  if (J < V) {
+    float max = -INFINITY, sum = 0;
+    for (size_t i = threadIdx.x; i < J; i += THREADS) u[id[i]] = -INFINITY;
+    __syncthreads();
+    for (size_t i = threadIdx.x; i < V; i += THREADS) max = fmaxf(max, u[i]);
+    max = block_max(max);
+    for (size_t i = threadIdx.x; i < V; i += THREADS) sum += exp_of((u[i] - max) * beta);
+    sum = block_sum(sum);
+    const float shift = tau * (fmaxf(tail[row], LEAST_LOG_PROB) - logf(sum)) - max;
+    for (size_t i = threadIdx.x; i < V; i += THREADS) u[i] += shift;
+    __syncthreads();
+  }
+  for (size_t i = threadIdx.x; i < J; i += THREADS) u[id[i]] = tau * fmaxf(log_p[i], LEAST_LOG_PROB);
+}
+
+/* A block takes a row. Keys differ, so the J-th largest, found by eight bits at a time, parts what stays from the rest; of what stays a
+ * token's place is how many keys are larger. kept (n,J) */
+__global__ void __launch_bounds__(THREADS) top_rows(int32_t *id, float *log_p, float *tail, Key *kept, const float *z, float tau, size_t V,
+                                                    size_t J) {
+  __shared__ unsigned bins[256], filled;
+  __shared__ Key prefix;
+  __shared__ size_t left;
+  const size_t row = blockIdx.x;
+  const float beta = 1 / tau;
+  z += row * V, id += row * J, log_p += row * J, kept += row * J;
+  if (threadIdx.x == 0) prefix = 0, left = J, filled = 0;
+  for (int shift = 56; shift >= 0 && J; shift -= 8) {
+    for (int b = threadIdx.x; b < 256; b += THREADS) bins[b] = 0;
+    __syncthreads();
+    for (size_t i = threadIdx.x; i < V; i += THREADS) {
+      const Key key = key_of(z[i], i);
+      if (shift == 56 || key >> (shift + 8) == prefix) atomicAdd(bins + (key >> shift & 255), 1u);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      unsigned b = 255;
+      while (bins[b] < left) left -= bins[b--];
+      prefix = prefix << 8 | b;
+    }
+    __syncthreads();
+  }
+  const Key last = J ? prefix : ~(Key)0;
+  float most = -INFINITY, max = -INFINITY, sum = 0, rest = 0;
+  for (size_t i = threadIdx.x; i < V; i += THREADS) {
+    const Key key = key_of(z[i], i);
+    if (key >= last)
+      kept[atomicAdd(&filled, 1u)] = key, most = fmaxf(most, z[i]);
+    else
+      max = fmaxf(max, z[i]);
+  }
+  max = block_max(max), most = fmaxf(block_max(most), max);
+  for (size_t i = threadIdx.x; i < V; i += THREADS)
+    (key_of(z[i], i) >= last ? sum : rest) += exp_of((z[i] - (key_of(z[i], i) >= last ? most : max)) * beta);
+  const double all = block_sum((double)sum), others = block_sum((double)rest), log_rest = (double)(max - most) * beta + log(others);
+  const double log_sum = log(all + exp(log_rest));
+  for (size_t i = threadIdx.x; i < J; i += THREADS) {
+    size_t place = 0;
+    for (size_t j = 0; j < J; j++) place += kept[j] > kept[i];
+    const float x = logit_of(kept[i]);
+    id[place] = (int32_t)index_of(kept[i]), log_p[place] = (float)((double)(x - most) * beta - log_sum);
+  }
+  if (threadIdx.x == 0) tail[row] = J < V ? (float)(log_rest - log_sum) : -INFINITY;
+}
+
 /* z (n,V) float = h (n,C) w^T */
 void logits(float *z, const real *h, Matrix w, size_t n, size_t C, size_t V) { logits_forward(z, h, w, 1, n, C, V); }
 
+/* of a chunk */
+size_t rows_of(size_t M, size_t V) {
+  const size_t rows = MAX_LOGITS / V + 1 < MAX_ROWS ? MAX_LOGITS / V + 1 : MAX_ROWS;
+  return rows < M ? rows : M;
+}
+
 /* dh NULL: the losses alone */
-void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
-             Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
+void lm_loss(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, Teacher t, const float *wce,
+             const float *wkl, float tau, int kind, size_t M, size_t C, size_t V) {
   if (!M || !V) return;
-  size_t rows = MAX_LOGITS / V + 1;
-  rows = rows < MAX_ROWS ? rows : MAX_ROWS;
-  rows = rows < M ? rows : M;
-  const bool apart = dh && sizeof(real) != sizeof(float);
+  const size_t rows = rows_of(M, V);
+  const bool apart = dh && sizeof(real) != sizeof(float), teacher = t.h || t.ids;
   float *z = (float *)device_alloc(rows * V * sizeof(float));
-  float *u = th ? (float *)device_alloc(rows * V * sizeof(float)) : nullptr;
+  float *u = teacher ? (float *)device_alloc(rows * V * sizeof(float)) : nullptr;
   real *dz = apart ? (real *)device_alloc(rows * V * sizeof(real)) : dh ? (real *)z : nullptr;
-  for (size_t m = 0; m < M && z && (u || !th) && (dz || !dh); m += rows) {
+  for (size_t m = 0; m < M && z && (u || !teacher) && (dz || !dh); m += rows) {
     const size_t n = rows < M - m ? rows : M - m;
     logits(z, h + m * C, w, n, C, V);
-    if (u) logits(u, th + m * K, tw, n, K, V);
+    if (t.ids)
+      LAUNCH(expand_rows, (unsigned)n, THREADS, 0, u, z, t.ids + m * t.J, t.log_probs + m * t.J, t.tail + m, tau, V, t.J);
+    else if (t.h)
+      logits(u, t.h + m * t.K, t.w, n, t.K, V);
     const Chunk chunk = {ce + m, kl + m, z, u, dz, target + m, wce ? wce + m : nullptr, wkl ? wkl + m : nullptr, tau, kind, V};
     LAUNCH((kind == JENSEN_SHANNON ? loss_rows<true> : loss_rows<false>), (unsigned)n, THREADS, 0, chunk);
     if (dh) linear_backward(dh + m * C, dw, nullptr, dz, h + m * C, w, 0, n, C, V);
@@ -212,14 +291,28 @@ void run_squared_error(float *y, real *da, const float *dy, const real *a, const
 
 }  // namespace
 
-void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, const real *th, Matrix tw,
-                     const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V, size_t K) {
-  lm_loss(ce, kl, nullptr, nullptr, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+void lm_loss_forward(float *ce, float *kl, const real *h, Matrix w, const int32_t *target, Teacher t, const float *wce, const float *wkl,
+                     float tau, int kind, size_t M, size_t C, size_t V) {
+  lm_loss(ce, kl, nullptr, nullptr, h, w, target, t, wce, wkl, tau, kind, M, C, V);
 }
-void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, const real *th,
-                      Matrix tw, const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V,
-                      size_t K) {
-  lm_loss(ce, kl, dh, dw, h, w, target, th, tw, wce, wkl, tau, kind, M, C, V, K);
+void lm_loss_backward(float *ce, float *kl, real *dh, float *dw, const real *h, Matrix w, const int32_t *target, Teacher t,
+                      const float *wce, const float *wkl, float tau, int kind, size_t M, size_t C, size_t V) {
+  lm_loss(ce, kl, dh, dw, h, w, target, t, wce, wkl, tau, kind, M, C, V);
+}
+
+void top_log_probs(int32_t *ids, float *log_probs, float *tail, const real *h, Matrix w, float tau, size_t M, size_t C, size_t V,
+                   size_t J) {
+  if (!M || !V) return;
+  const size_t rows = rows_of(M, V);
+  float *z = (float *)device_alloc(rows * V * sizeof(float));
+  Key *kept = (Key *)device_alloc(rows * J * sizeof(Key));
+  for (size_t m = 0; m < M && z && kept; m += rows) {
+    const size_t n = rows < M - m ? rows : M - m;
+    logits(z, h + m * C, w, n, C, V);
+    LAUNCH(top_rows, (unsigned)n, THREADS, 0, ids + m * J, log_probs + m * J, tail + m, kept, z, tau, V, J);
+  }
+  device_free(kept);
+  device_free(z);
 }
 void squared_error_forward(float *y, const real *a, const real *b, size_t M, size_t C) {
   run_squared_error(y, nullptr, nullptr, a, b, M, C);

@@ -14,7 +14,7 @@
 namespace {
 
 enum { THREADS = 256, BINS = 2048, MOST_SPLITS = 64, GATHERED = 2048 };
-typedef unsigned long long Mass; /* of probability, or a count, or a key */
+typedef Key Mass; /* of probability, or a count, or a key */
 
 struct Best {
   float value;
@@ -47,17 +47,6 @@ struct Call {
 };
 
 __device__ Mass mass(float p) { return (Mass)((double)p * 0x1p40 + 0.5); }
-
-/* Larger floats have larger ranks; -0 ranks as 0. */
-__device__ uint32_t rank(float x) {
-  const uint32_t u = __float_as_uint(x + 0.0f);
-  return u >> 31 ? ~u : u | 0x80000000u;
-}
-__device__ Mass key_of(float x, size_t i) { return (Mass)rank(x) << 32 | (0xffffffffu - (uint32_t)i); }
-__device__ float logit_of(Mass key) {
-  const uint32_t r = (uint32_t)(key >> 32);
-  return __uint_as_float(r >> 31 ? r ^ 0x80000000u : ~r);
-}
 
 /* ---- rows --------------------------------------------------------------------------------------------------------------- */
 

@@ -81,6 +81,27 @@ def fits(name, patterns):
     return any(fnmatch.fnmatchcase(name, p) for p in positive) and not any(fnmatch.fnmatchcase(name, p[1:]) for p in patterns if p.startswith("!"))
 
 
+def _cached(teacher, shape):
+    """A teacher of loss that is (ids, log_probs, tail): as C takes it, and (B,T) where it says something."""
+    try:
+        ids, log_probs, tail = teacher
+        ids, log_probs, tail = _int32(ids, "teacher's ids"), *(np.ascontiguousarray(a, np.float32) for a in (log_probs, tail))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a teacher that is no Model must be (ids, log_probs, tail), as top_log_probs gives them: {error}") from None
+    if ids.shape[:-1] != shape or not ids.shape[-1] or log_probs.shape != ids.shape or tail.shape != shape:
+        raise ValueError(f"the teacher's ids and log_probs must have shape (batch, tokens, k) and its tail (batch, tokens) = {shape}, got "
+                         f"{ids.shape}, {log_probs.shape} and {tail.shape}")
+    known = ids[..., 0] >= 0
+    with np.errstate(over="ignore"):
+        mass = np.exp(log_probs).sum(-1) + np.exp(tail)
+    wrong = np.argwhere(known & ~(abs(mass - 1) < 1e-3))
+    if len(wrong):
+        raise ValueError(f"the teacher's probabilities at {tuple(map(int, wrong[0]))} add up to {mass[tuple(wrong[0])]:.4g}, expected 1")
+    if not known.all():
+        ids = np.where(known[..., None], ids, np.arange(ids.shape[-1], dtype=np.int32))
+    return (ids, log_probs, tail), known
+
+
 class Model:
     """A decoder whose layers are attention, Mamba-1 or Mamba-2 mixers.
 
@@ -230,6 +251,10 @@ class Model:
         both ("jensen-shannon"), or the original code's
         sum over all positions, targets or not, divided by B ("paper").  recompute: keep only layer inputs for backward.
         Returns {"loss", "ce", "kl", "tokens"}; ce and kl unweighted.
+
+        teacher: a Model, or what its top_log_probs gave for these ids and this temperature: (ids (B,T,k), log_probs (B,T,k), tail (B,T)).
+        Then both distributions are over k+1 outcomes, the k tokens and any other, so that the KL is at most the Model's own
+        (data-processing inequality) and equal to it where k is the vocabulary; at a position whose ids are all -1 it is 0.
         """
         ids, targets = _ids_and_targets(ids, targets)
         prev = _prev(prev, ids.shape)
@@ -239,18 +264,35 @@ class Model:
             raise ValueError(f"ce, kl and temperature must be finite and temperature positive, got {ce}, {kl}, {temperature}")
         if kl and teacher is None:
             raise ValueError("kl > 0 needs a teacher")
-        if teacher is not None:
+        known = None
+        if isinstance(teacher, tuple):
+            teacher, known = _cached(teacher, ids.shape)
+        elif teacher is not None:
             self._check_teacher(teacher)
             teacher._set_rope(ids.shape[1])
+            teacher = teacher.c
         self._set_rope(ids.shape[1])
         mask = (targets >= 0).astype(np.float32)
         tokens = int(mask.sum())
         count = max(tokens, 1)
         kl_mask, kl_count = (np.ones_like(mask), max(len(ids), 1)) if kind == "paper" else (mask, count)
+        if known is not None:
+            kl_mask = kl_mask * known
         wce, wkl = (mask * np.float32(ce / count), kl_mask * np.float32(kl / kl_count)) if backward else (mask, kl_mask)
-        losses = self.c.loss(ids, targets, wce, wkl, teacher.c if teacher else None, prev, temperature, KL_KINDS[kind], backward, recompute)
-        means = {"ce": float(losses[0].sum(dtype=np.float64, where=mask > 0)) / count, "kl": float(losses[1].sum(dtype=np.float64)) / kl_count}
+        losses = self.c.loss(ids, targets, wce, wkl, teacher, prev, temperature, KL_KINDS[kind], backward, recompute)
+        means = {"ce": float(losses[0].sum(dtype=np.float64, where=mask > 0)) / count,
+                 "kl": float(losses[1].sum(dtype=np.float64, where=kl_mask > 0)) / kl_count}
         return {"loss": ce * means["ce"] + kl * means["kl"], **means, "tokens": tokens}
+
+    def top_log_probs(self, ids, k, temperature=1.0, prev=None):
+        """The k likeliest next tokens at each position of `ids` (B,T), of softmax(logits / temperature), as loss takes them for a teacher:
+        (ids (B,T,k) int32, likeliest first and of equal ones the lower id; their log-probabilities (B,T,k) float32; the log of what all
+        others have together (B,T) float32, -inf where k is the vocabulary). ValueError: k is not from 1 to the vocabulary."""
+        ids = _ids(ids)
+        if not 0 < temperature < np.inf:
+            raise ValueError(f"temperature must be finite and positive, got {temperature}")
+        self._set_rope(ids.shape[1])
+        return self.c.top_log_probs(ids, _prev(prev, ids.shape), temperature, k)
 
     def log_probs(self, ids, targets, prev=None, weights=None, recompute=False):
         """Log-probabilities (B,T) float32 of the targets, 0 where there is none; shapes as in loss.

@@ -245,21 +245,43 @@ def ssd(x, dt, A_log, B, C, D=None, dt_bias=None, state=None, slot=None, keep=No
 # ---- loss and optimiser ----------------------------------------------------------------------------------------------------
 
 
-def loss_weights(target, th, wce, wkl):
+def loss_weights(target, teacher, wce, wkl):
     """The defaults of lm_loss: 1 where target >= 0, no KL without a teacher."""
     counts = (target >= 0).astype(np.float64)
     wce = counts if wce is None else f64(wce)
-    return wce, counts * 0 if th is None else counts if wkl is None else f64(wkl)
+    return wce, counts * 0 if teacher is None else counts if wkl is None else f64(wkl)
 
 
-def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0, kind=0):
+def outcomes(log_p, ids):
+    """log_p (M,V) of the tokens ids (M,J) and, last, of any other: (M,J+1); where J is V: (M,J)"""
+    M, V = log_p.shape
+    others = np.array([np.delete(row, at) for row, at in zip(log_p, ids)]).reshape(M, V - ids.shape[1])
+    rest = np.logaddexp.reduce(others, 1)[:, None] if others.size else np.zeros((M, 0))
+    return np.concatenate([np.take_along_axis(log_p, ids.astype(int), 1), rest], 1)
+
+
+def top_log_probs(h, w, j, temperature=1.0):
+    """The j largest of log softmax(h w^T / tau), and the log of what the rest has  ->  ids (M,j), log_probs (M,j), tail (M)"""
+    log_p = log_softmax(f64(h) @ f64(w).T / temperature)
+    ids = np.argsort(-log_p, 1, kind="stable")[:, :j]
+    p = outcomes(log_p, ids)
+    return ids.astype(np.int32), p[:, :j], p[:, j] if j < len(w) else np.full(len(h), -np.inf)
+
+
+def lm_loss(h, w, target, th=None, tw=None, ids=None, log_probs=None, tail=None, wce=None, wkl=None, temperature=1.0, kind=0):
     """ce = -log softmax(z)[target], 0 where target < 0;  kl = tau^2 KL of softmax(./tau): (u || z) for kind 0, (z || u) for 1, Jensen-Shannon for 2;
-    z = h w^T, u = th tw^T. A row whose weights are both 0 reads 0.   h (M,C)  w (V,C)  th (M,K)  tw (V,K)  ->  ce, kl (M)"""
+    z = h w^T, u = th tw^T, or, for the outcomes ids and any other, what log_probs and tail say. A row whose weights are both 0 reads 0.
+    h (M,C)  w (V,C)  th (M,K)  tw (V,K)  ids, log_probs (M,J)  tail (M)  ->  ce, kl (M)"""
     z = f64(h) @ f64(w).T
     ce = np.where(target >= 0, -np.take_along_axis(log_softmax(z), np.maximum(target, 0)[:, None], 1)[:, 0], 0)
     kl = np.zeros(len(z))
-    if th is not None:
-        a, b = log_softmax(f64(th) @ f64(tw).T / temperature), log_softmax(z / temperature)
+    if th is not None or ids is not None:
+        b = log_softmax(z / temperature)
+        if ids is None:
+            a = log_softmax(f64(th) @ f64(tw).T / temperature)
+        else:
+            b = outcomes(b, ids)
+            a = np.maximum(np.concatenate([f64(log_probs), f64(tail)[:, None]], 1)[:, : b.shape[1]], -1e4)
         if kind == 1:
             a, b = b, a
         if kind == 2:
@@ -267,7 +289,7 @@ def lm_loss(h, w, target, th=None, tw=None, wce=None, wkl=None, temperature=1.0,
             kl = temperature**2 * (np.exp(a) * (a - mean) + np.exp(b) * (b - mean)).sum(-1) / 2
         else:
             kl = temperature**2 * (np.exp(a) * (a - b)).sum(-1)
-    wce, wkl = loss_weights(target, th, wce, wkl)
+    wce, wkl = loss_weights(target, th if ids is None else ids, wce, wkl)
     skipped = (wce == 0) & (wkl == 0)
     return np.where(skipped, 0, ce), np.where(skipped, 0, kl)
 

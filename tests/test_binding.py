@@ -42,6 +42,8 @@ def valid(backend, op):
             args[p.name] = r.integers(0, top.get(p.name, 1), shape).astype(np.int32)
         else:
             args[p.name] = r.random(shape).astype(np.float32)
+    if op.startswith("lm_loss"):
+        args["ids"] = np.array([r.permutation(n["v"])[: n["j"]] for _ in range(n["m"])], np.int32)
     if "slot" in args:
         args["slot"] = np.array([2, 0], np.int32)
     if "prev" in args:
@@ -176,7 +178,7 @@ def test_refuses_numbers_that_are_none(backend, op):
 
 FAR, NEAR = 2**31 - 1, -(2**31)
 RANGES = [
-    ("ids", (-1, 8, FAR, NEAR), ("embedding_forward", "embedding_backward")),
+    ("ids", (-1, 8, FAR, NEAR), ("embedding_forward", "embedding_backward", "lm_loss_forward", "lm_loss_backward")),
     ("target", (8, FAR), ("lm_loss_forward", "lm_loss_backward")),
     ("draft", (-1, 8, FAR, NEAR), ("verify",)),
     ("count", (-1, 3, FAR), ("verify",)),
@@ -228,7 +230,7 @@ def test_refuses_trees_that_it_cannot_run(backend, op):
     ("attention_forward", dict(l=32), "at least 33"), ("conv1d_forward", dict(l=34), "at least 35"),
     ("selective_scan_forward", dict(r=32), "ring"), ("ssd_forward", dict(r=49), "ring"),
     ("sample", dict(v=0), "v"), ("lm_loss_forward", dict(v=0), "v"), ("conv1d_forward", dict(w=0), "w"),
-    ("ssd_forward", dict(g=0), "g")])
+    ("ssd_forward", dict(g=0), "g"), ("top_log_probs", dict(j=9), "j (9) must be at most size v (8)")])
 def test_refuses_sizes_that_break_a_rule(backend, op, change, word):
     args, n = valid(backend, op), sizes(backend.module, op) | change
     for p in arrays(backend, op):
@@ -238,6 +240,9 @@ def test_refuses_sizes_that_break_a_rule(backend, op, change, word):
 
 @pytest.mark.parametrize("op, change, words", [
     ("attention_forward", dict(kcache=None), ("kcache", "vcache")), ("lm_loss_forward", dict(tw=None), ("th", "tw")),
+    ("lm_loss_forward", dict(tail=None), ("ids", "tail")), ("lm_loss_backward", dict(log_probs=None), ("ids", "log_probs")),
+    ("lm_loss_forward", dict(ids=np.full((4, 2), 5, np.int32)), ("ids", "different", "index 1")),
+    ("top_log_probs", dict(temperature=0.0), ("temperature",)),
     ("ssd_forward", dict(ring_dt=None), ("ring_x", "ring_dt")),
     ("selective_scan_forward", dict(ring_B=None), ("ring_x", "ring_B")),
     ("ssd_forward", dict(state=None), ("ring", "state")), ("selective_scan_forward", dict(ring_x=None), ("ring_x",)),

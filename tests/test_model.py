@@ -101,6 +101,49 @@ def test_loss_and_gradients_equal_torch(name, kind, ce, kl):
         assert np.array_equal(model.grad(key), recomputed[key]), key
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon", "paper"])
+def test_loss_to_a_cached_teacher_equals_torch(kind):
+    model, teacher, ids, targets = build("mamba2 hybrid"), build("transformer", seed=2), tokens(2, 37), tokens(2, 37, 1)
+    targets[:, ::3] = -100
+    torch, ref, params, arch = reference(model)
+    _, _, teacher_params, teacher_arch = reference(teacher)
+    cached = teacher.top_log_probs(ids, 7, 1.5)
+    u = ref.logits(teacher_params, torch.tensor(ids).long(), teacher_arch).detach()
+    top, _ = torch.log_softmax(u / 1.5, -1).topk(7)
+    assert error(cached[1], top) < 1e-5 and error(np.exp(cached[2]), 1 - top.exp().sum(-1)) < 1e-5
+    z = ref.logits(params, torch.tensor(ids).long(), arch)
+    loss = ref.loss(z, torch.tensor(targets).long(), u, 0.2, 1.0, 1.5, kind, torch.tensor(cached[0]).long())
+    loss.backward()
+    got = model.loss(ids, targets, cached, 0.2, 1.0, 1.5, kind, backward=True)
+    assert abs(got["loss"] - loss.item()) < 1e-5 * abs(loss.item())
+    errors = {key: error(model.grad(key), params[key].grad) for key in model.names}
+    assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("kind, device", [pytest.param(kind, *place.values, marks=place.marks) for place in on("cpu", "cuda32", "cuda")
+                                          for kind in (("forward", "reverse", "jensen-shannon", "paper") if place.values == ("cpu",) else ("forward",))],
+                         indirect=["device"])
+def test_a_cache_s_kl_grows_with_k_up_to_the_teacher_s(kind, device):
+    model, teacher = build("mamba2 hybrid", **device.how), build("transformer", seed=2, **device.how)
+    ids, targets = tokens(2, 19), tokens(2, 19, 1)
+    targets[:, ::3] = -100
+    prev = np.tile(np.arange(-1, 18, dtype=np.int32), (2, 1))
+    prev[:, 11] = -2
+    full = model.loss(ids, targets, teacher, 0.2, 1.0, 1.5, kind, prev, backward=True)
+    expected = np.concatenate([model.grad(key).ravel() for key in model.names])
+    model.zero_grad()
+    kls = []
+    for k in (1, 7, 30, 61):
+        cached = teacher.top_log_probs(ids, k, 1.5, prev)
+        kls.append(model.loss(ids, targets, cached, 0.2, 1.0, 1.5, kind, prev, backward=k == 61)["kl"])
+    assert kls == sorted(kls) and kls[2] < 0.999 * full["kl"]
+    assert kls[-1] == pytest.approx(full["kl"], abs=1e-6 * max(1, full["kl"]))
+    assert error(np.concatenate([model.grad(key).ravel() for key in model.names]), expected) < device.gradients
+    cached[0][0, 5] = -1  # nothing is known there
+    without, there = (model.loss(ids, targets, cached, 0.2, 1.0, 1.5, kind, prev) for cached in (cached, teacher))
+    assert without["ce"] == there["ce"] and without["kl"] < there["kl"]
+
+
 @everywhere
 def test_packed_documents_do_not_see_each_other(name, device):
     model, ids, targets = build(name, **device.how), tokens(2, 53), tokens(2, 53, 1)
@@ -266,6 +309,16 @@ def test_a_state_larger_than_memory_addresses():
     (lambda m, s: m.loss([[1]], [[1]], kl=1.0), "teacher"),
     (lambda m, s: m.loss([[1]], [[1]], teacher=m), "teacher"),
     (lambda m, s: m.loss([[1]], [[1]], kind="sideways"), "kind"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=(1, 2)), "ids, log_probs, tail"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=([[[1]]], [[0.0]], [[-np.inf]])), "shape"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=([[[1]]], [[[-1.0]]], [[-1.0]])), r"at \(0, 0\) add up to 0.7358"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=([[[1]]], [[[np.nan]]], [[-1.0]])), "add up to nan"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=([[[61]]], [[[0.0]]], [[-np.inf]])), "ids.*61"),
+    (lambda m, s: m.loss([[1]], [[1]], teacher=([[[5, 5]]], [[[0.0, -99]]], [[-np.inf]])), "different"),
+    (lambda m, s: m.top_log_probs([[1]], 0), "k is 0"),
+    (lambda m, s: m.top_log_probs([[1]], 62), "k is 62"),
+    (lambda m, s: m.top_log_probs([[1]], 5, temperature=0), "temperature"),
+    (lambda m, s: m.top_log_probs([1], 5), "shape"),
     (lambda m, s: m.loss([[1]], [[1]], temperature=0.0), "temperature"),
     (lambda m, s: m.get("model.norm"), "model.norm"),
     (lambda m, s: m.set("model.norm.weight", np.zeros(5, np.float32)), "shape"),

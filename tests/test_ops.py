@@ -104,14 +104,19 @@ def draw_ssd(r, B, T, H, G, P, N, bias=True, skip=True, parents="chain", S=0, sp
     return args | (resume(r, B, T, S, H, P, N) if S else {})
 
 
-def draw_lm_loss(r, M, C, V, K=0, temperature=None, kind=None, weights=False, ignore=0.3, bf16=False, spread=1):
+def draw_lm_loss(r, M, C, V, K=0, J=0, tail=True, temperature=None, kind=None, weights=False, ignore=0.3, bf16=False, spread=1):
     target = np.where(r.random(M) < ignore, -100, r.integers(0, V, M))
     args = dict(h=spread * r.standard_normal((M, C)), w=matrix(r, bf16, V, C), target=target,
                 temperature=temperature, kind=kind)
     if K:
         args.update(th=r.standard_normal((M, K)), tw=matrix(r, bf16, V, K))
+    if J:
+        ids, log_probs, rest = twin.top_log_probs(spread * r.standard_normal((M, 8)), r.standard_normal((V, 8)), J, temperature or 1)
+        if not tail:
+            log_probs, rest = log_probs - np.log(-np.expm1(rest))[:, None], np.full(M, -np.inf)
+        args.update(ids=ids, log_probs=log_probs, tail=rest)
     if weights:
-        args.update(wce=r.standard_normal(M) * (r.random(M) < 0.7), wkl=r.uniform(0, 2, M) * (r.random(M) < 0.7) if K else None)
+        args.update(wce=r.standard_normal(M) * (r.random(M) < 0.7), wkl=r.uniform(0, 2, M) * (r.random(M) < 0.7) if K or J else None)
     return args
 
 
@@ -231,6 +236,17 @@ CASES = [
     ("lm_loss", "nothing counts", dict(M=5, C=8, V=30, K=6, ignore=1)),
     ("lm_loss", "exp of the logits overflows", dict(M=20, C=16, V=40, K=6, spread=20)),
     ("lm_loss", "rows in chunks, vocabulary in blocks", dict(M=200, C=16, V=1001, K=16)),
+    ("lm_loss", "cached: one token of 50", dict(M=30, C=8, V=50, J=1)),
+    ("lm_loss", "cached: temperature, weights", dict(M=40, C=16, V=50, J=7, temperature=2.5, weights=True)),
+    ("lm_loss", "cached: reverse KL", dict(M=40, C=8, V=50, J=7, temperature=0.7, kind=1)),
+    ("lm_loss", "cached: Jensen-Shannon", dict(M=40, C=8, V=50, J=7, temperature=1.7, kind=2)),
+    ("lm_loss", "cached: the whole vocabulary", dict(M=20, C=8, V=33, J=33)),
+    ("lm_loss", "cached: the whole vocabulary, reverse", dict(M=20, C=8, V=33, J=33, kind=1)),
+    ("lm_loss", "cached: no tail, forward", dict(M=20, C=8, V=33, J=5, tail=False)),
+    ("lm_loss", "cached: no tail, Jensen-Shannon", dict(M=20, C=8, V=33, J=5, tail=False, kind=2)),
+    ("lm_loss", "cached: exp of the logits overflows", dict(M=20, C=16, V=40, J=6, spread=20)),
+    ("lm_loss", "cached: the same, reverse", dict(M=20, C=16, V=40, J=6, spread=20, kind=1)),
+    ("lm_loss", "cached: rows in chunks, bf16 matrices", dict(M=300, C=16, V=1001, J=32, bf16=True)),
     ("squared_error", "one element", dict(M=1, C=1)),
     ("squared_error", "odd width", dict(M=7, C=13)),
     ("squared_error", "vectors, many rows", dict(M=129, C=264, spread=30)),
@@ -243,7 +259,7 @@ SANITIZED = {  # the cases that also run under compute-sanitizer: a few a kernel
     "conv1d": ("odd channels, no bias", "long, wide", "blocks of 16 repeated (Mamba-1)", "a tree after a past"),
     "selective_scan": ("grouped B, odd state", "tail after chunks", "resumes, ragged keep"),
     "ssd": ("three heads a group, odd sizes", "the head of 8B models", "documents across chunks", "resumes, ragged keep"),
-    "lm_loss": ("temperature", "bf16 matrices"), "squared_error": ("odd width", "vectors, many rows")}
+    "lm_loss": ("temperature", "bf16 matrices", "cached: temperature, weights"), "squared_error": ("odd width", "vectors, many rows")}
 sanitize = pytest.mark.sanitize
 OUTPUTS = {"attention": ("o", "lse", "kcache", "vcache"), "conv1d": ("y", "cache"), "selective_scan": ("y", "state"),
            "ssd": ("y", "state"), "lm_loss": ("ce", "kl")}
@@ -356,6 +372,26 @@ def test_transfer(backend, dst, src):
     assert same(got, twin.transfer(args["dst"], args["src"], 2, 5, 4))
 
 
+@sanitize
+@pytest.mark.parametrize("M, C, V, J, scale, temperature", [
+    (3, 4, 1, 1, 1, None), (7, 5, 33, 1, 1, 2.5), (40, 6, 50, 7, 1, 0.7), (9, 6, 50, 50, 1, None), (9, 6, 50, 49, 64, 0.5),
+    (300, 4, 1001, 32, 4, None)])
+def test_top_log_probs(backend, M, C, V, J, scale, temperature):
+    """Whole numbers, so that logits are exact and many of them equal; large ones, so that what is left is far below the largest."""
+    r = np.random.default_rng(1)
+    given = dict(h=scale * r.integers(-3, 4, (M, C)), w=r.integers(-3, 4, (V, C)))
+    given = backend.prepare("top_log_probs", given) | {"temperature": temperature}
+    room = dict(ids=np.zeros((M, J), "i4"), log_probs=np.zeros((M, J), "f4"), tail=np.zeros(M, "f4"))
+    got = backend.call("top_log_probs", room | given)
+    ids, log_probs, tail = twin.top_log_probs(given["h"], given["w"], J, temperature or 1.0)
+    assert same(got["ids"], ids)
+    backend.close(got["log_probs"], log_probs, "log_probs")
+    if J < V:
+        backend.close(got["tail"], tail, "tail")
+    else:
+        assert (got["tail"] == -np.inf).all()
+
+
 # ---- gradients --------------------------------------------------------------------------------------------------------------
 
 WANTED = {"linear": ("x", "w", "bias"), "embedding": ("w",), "rmsnorm": ("x", "w"), "gated_rmsnorm": ("x", "z", "w"),
@@ -371,7 +407,7 @@ def objective(op, args, cotangent):
     """The scalar whose gradient the backward op computes."""
     values = outputs(op, args)
     if op == "lm_loss":
-        wce, wkl = twin.loss_weights(args["target"], args.get("th"), args.get("wce"), args.get("wkl"))
+        wce, wkl = twin.loss_weights(args["target"], args.get("th", args.get("ids")), args.get("wce"), args.get("wkl"))
         return (wce * values["ce"] + wkl * values["kl"]).sum()
     total = (f64(cotangent["y"]) * values["o" if op == "attention" else "y"]).sum()
     return total + ((f64(cotangent["state"]) * values["state"]).sum() if "state" in cotangent else 0)

@@ -97,12 +97,19 @@ def logits(params, ids, arch):
     return F.linear(h, params.get("lm_head.weight", params["model.embed_tokens.weight"]))
 
 
-def loss(z, targets, u=None, ce=1.0, kl=0.0, temperature=1.0, kind="forward"):
-    """The same mean as Model.loss; z, u (B,T,V), targets (B,T), -100 = none."""
+def outcomes(log_p, ids):
+    """Of the tokens ids (B,T,k) and of any other."""
+    return torch.cat([log_p.gather(-1, ids), log_p.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1)
+
+
+def loss(z, targets, u=None, ce=1.0, kl=0.0, temperature=1.0, kind="forward", ids=None):
+    """The same mean as Model.loss; z, u (B,T,V), targets (B,T), -100 = none. ids: those of a cached teacher."""
     mask = targets >= 0
     total = ce * F.cross_entropy(z[mask], targets[mask])
     if kl:
         s, t = torch.log_softmax(z / temperature, -1), torch.log_softmax(u / temperature, -1)
+        if ids is not None:
+            s, t = outcomes(s, ids), outcomes(t, ids)
         if kind == "reverse":
             s, t = t, s
         each = (t.exp() * (t - s)).sum(-1) * temperature**2
