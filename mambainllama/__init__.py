@@ -2,6 +2,7 @@
 from . import ops
 from .ablate import ablate
 from .answers import answer
+from .cache import cache
 from .checkpoint import load, save
 from .convert import convert
 from .generate import generate
@@ -12,6 +13,6 @@ from .plan import plan
 from .recall import recall
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "answer", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "plan", "random", "recall",
-           "run", "save", "sft", "train"]
+__all__ = ["Model", "State", "ablate", "answer", "cache", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "plan", "random",
+           "recall", "run", "save", "sft", "train"]
 __version__ = "0.1.0"

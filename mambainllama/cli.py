@@ -103,11 +103,26 @@ def _parser():
     p = command("distill", _distill, "Distil a teacher into a hybrid; started again with the same --out, it goes on.", """\
   mambainllama distill teacher chats.jsonl --out run --recipe recipe.yaml
   mambainllama distill teacher chats.jsonl --out run --student hybrid --set steps=2000 --set lr=3e-5
+  mambainllama distill hybrid chats.jsonl --out run --cache cached --set steps=2000
   mambainllama distill teacher chats.jsonl --out run --set 'stages=[{"mamba_layers": [0, 2], "steps": 500}]'""")
-    p.add_argument("teacher", help="folder of the teacher")
+    p.add_argument("teacher", help="folder of the teacher; with --cache: of the student")
     _data(p, "messages or text")
     p.add_argument("--student", help="folder made by `convert` (default: the teacher itself; the recipe's stages convert it)")
+    p.add_argument("--cache", metavar="DIR", help="learn from what `cache` wrote of the teacher, which is then not loaded")
     _training(p)
+    device_and_dtype(p)
+
+    p = command("cache", _cache, "Write a teacher's likeliest next tokens at each token of the data; started again, it goes on.", """\
+  mambainllama cache teacher --data chats.jsonl --out cached --length 2048
+  mambainllama cache teacher --data chats.jsonl --out cached --k 64 --temperature 2 --student hybrid""")
+    p.add_argument("teacher", help="folder of the teacher")
+    _data(p, "messages or text, those of the runs to come", "--data", required=True, metavar="DATA")
+    p.add_argument("--out", type=_folder, required=True, metavar="DIR", help="folder to write, 8 K + 4 bytes a token")
+    p.add_argument("--k", type=int, default=32, metavar="K", help="likeliest tokens that are kept; the rest is one number (default: 32)")
+    p.add_argument("--length", type=int, default=2048, metavar="N", help="the recipe's length (default: 2048)")
+    p.add_argument("--temperature", type=float, default=1.0, metavar="X", help="the recipe's temperature (default: 1)")
+    p.add_argument("--batch", type=int, default=8, metavar="N", help="rows computed together (default: 8)")
+    p.add_argument("--student", metavar="FOLDER", help="whose KL is measured with and without the cache (default: half its layers converted)")
     device_and_dtype(p)
 
     p = command("train", _train, "Train with the plain next-token loss; started again with the same --out, it goes on.", """\
@@ -183,8 +198,9 @@ def _parser():
     return top
 
 
-def _data(p, what):
-    p.add_argument("data", nargs="+", help=f"rows of {what}: JSONL, *.parquet or a folder of these, hub:NAME[:CONFIG][:SPLIT]; or several")
+def _data(p, what, name="data", **options):
+    p.add_argument(name, nargs="+", **options,
+                   help=f"rows of {what}: JSONL, *.parquet or a folder of these, hub:NAME[:CONFIG][:SPLIT]; or several")
 
 
 def _source(args):
@@ -304,9 +320,25 @@ def _value(text):
 def _distill(args):
     import mambainllama as mil
     recipe = _recipe(args)
+    if args.cache:
+        if args.student:
+            raise ValueError("--student does not go with --cache: the student is the first argument")
+        student = _load(args.teacher, args)
+        return _report(mil.distill(student, args.cache, _source(args), recipe, out=args.out), student)
     teacher = _load(args.teacher, args)
     student = _load(args.student, args) if args.student else mil.convert(teacher, mamba_layers=[])
     _report(mil.distill(student, teacher, _source(args), recipe, out=args.out), student)
+
+
+def _cache(args):
+    import mambainllama as mil
+    from .info import readable
+    teacher = _load(args.teacher, args)
+    student = _load(args.student, args) if args.student else None
+    report = mil.cache(teacher, _source(args), args.out, args.length, args.k, args.temperature, args.batch, student)
+    tokens, each = report["tokens"], report["bytes_per_token"]
+    _note(f"{args.out}: {tokens:,} tokens, {each} bytes each, {readable(tokens * each)}; all but the {args.k} likeliest have "
+          f"{report['tail_mass']:.2%}; KL {report['full_kl']:.4f}, from the cache {report['cached_kl']:.4f} (bias {report['bias']:.2g})")
 
 
 def _train(args):

@@ -9,6 +9,7 @@ on_policy: the student's own hidden state goes in instead. At the stage's end th
 other; one with which the KL to the teacher rises gets its weights of before back, and is named in the stage's record ("rolled_back")."""
 import numpy as np
 
+from .cache import Cache, CachedBatches
 from .data import START, Batches, read
 from .model import fits
 from .weights import replacing
@@ -17,7 +18,8 @@ SAMPLE = 32  # rows that a stage's variances and rollbacks are measured on
 
 
 class LanguageModelling:
-    """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev).
+    """ce · cross-entropy to the targets + kl · KL to the teacher of a batch (ids, targets, prev). teacher: a model, or a Cache, which has
+    nothing of eval_data, so that its metrics lack kl, or None.
 
     With kl_kind "paper" and temperature 1 it is a batch's loss in the original code (jxiw/MambaInLlama, train_mamba2/train_hybrid.py), ce and
     kl its ce_weight and kl_weight. That averages the cross-entropies of its micro-batches; here every token that counts weighs the same.
@@ -34,7 +36,10 @@ class LanguageModelling:
     def read(self, data, name, progress=None, **options):
         """data's rows as batches."""
         documents = read(data, self.model.tokenizer, self.model.config["vocab_size"], name, self.answers, progress)
-        return Batches(documents, self.recipe["length"], self.recipe["batch"], self.recipe["seed"], name=name, **options)
+        packed = documents, self.recipe["length"], self.recipe["batch"], self.recipe["seed"]
+        if isinstance(self.reference, Cache) and name == "data":
+            return CachedBatches(self.reference, *packed, name=name, **options)
+        return Batches(*packed, name=name, **options)
 
     def prepare(self, batches, path=None, reference=None):
         """Before the first step, the model being as it came; path: a file to keep what it takes, or None; reference: the reference's
@@ -50,14 +55,20 @@ class LanguageModelling:
     def counts(self, batch):
         """{metric: over how much it is a mean}: the positions that count, or for kl_kind "paper" the rows."""
         tokens = int(np.count_nonzero(batch[1] >= 0))
+        if isinstance(self._teacher(batch), Cache):
+            return {"ce": tokens}
         return {"ce": tokens, "kl": len(batch[1]) if self.recipe["kl_kind"] == "paper" else tokens}
 
     def loss(self, batch, share, backward=False):
         """{"loss", metric…}: the metrics' means, and the loss that weighs each by share[metric]; backward: adds its gradient."""
         r = self.recipe
-        return self.model.loss(batch[0], batch[1], teacher=self.reference if r["kl"] else None, ce=r["ce"] * share["ce"],
-                               kl=r["kl"] * share["kl"], temperature=r["temperature"], kind=r["kl_kind"], prev=batch[2],
-                               backward=backward, recompute=backward and r["recompute"])
+        teacher = self._teacher(batch) if r["kl"] and "kl" in share else None
+        return self.model.loss(batch[0], batch[1], teacher=teacher, ce=r["ce"] * share["ce"], kl=r["kl"] * share.get("kl", 0),
+                               temperature=r["temperature"], kind=r["kl_kind"], prev=batch[2], backward=backward,
+                               recompute=backward and r["recompute"])
+
+    def _teacher(self, batch):
+        return batch[3] if len(batch) > 3 else self.reference
 
 
 class Alignment(LanguageModelling):

@@ -13,6 +13,7 @@ With a `guard`, recall is measured before the first step, every eval_every steps
 run in which it fell by more than the limit ends there, with a checkpoint and a ValueError, and goes on from it only with a larger limit."""
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint
+from .cache import Cache
 from .config import said
 from .convert import convert_layers
 from .model import MOMENTS, fits
@@ -39,6 +41,7 @@ from .weights import replacing, writing
 def distill(student, teacher, data, recipe, out=None, progress=None):
     """Trains student (in place) to predict what teacher predicts, and the data; → the report.
 
+    teacher: a model, or the folder of its predictions for this data that mil.cache wrote (cache.py); eval is then cross-entropy alone.
     data: a list of rows or where they are (JSONL, Parquet, the hub, several of these); data.py tells their forms, and how they are
     packed and cut. recipe: a dict or the path of a YAML or JSON file, recipe.py. out: the run's folder; called again with it, and
     with the student and teacher that the run began with, the run goes on; a finished one only gives its weights to student. None:
@@ -55,6 +58,9 @@ def distill(student, teacher, data, recipe, out=None, progress=None):
     recipe = load_recipe(recipe)
     if recipe["guard"]:
         raise ValueError("recipe: guard belongs to train, sft and dpo; a layer that has just become Mamba recalls little until it has learned")
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = Cache(teacher)
+        teacher.check(student, recipe)
     return run(student, LanguageModelling(student, teacher, recipe), data, recipe, out, progress)
 
 

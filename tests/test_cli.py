@@ -150,6 +150,18 @@ def test_distill_and_train(capsys, teacher, chats, tmp_path):
     assert mil.load(str(tmp_path / "train" / "model")).layer_kinds == ["mamba2", "mamba2"]
 
 
+def test_cache_and_distill_from_it(capsys, teacher, chats, tmp_path):
+    answers, out = tmp_path / "answers", tmp_path / "run"
+    code, _, err = run(capsys, "cache", teacher, "--data", chats, "--out", answers, "--k", 4, "--length", 16, "--batch", 2)
+    assert code == 0 and "36 bytes" in err and "bias" in err and (answers / "ids.npy").exists()
+    how = ["--out", out, "--cache", answers, "--set", "steps=2", "--set", "length=16", "--set", "batch=2", "--set", "mixer=mamba2"]
+    code, _, err = run(capsys, "distill", teacher, chats, *how)
+    assert code == 0 and "after 2 steps" in err
+    for more, says in ((["--set", "length=8"], "length is 8"), (["--student", teacher], "--student")):
+        code, _, err = run(capsys, "distill", teacher, chats, *how, *more)
+        assert code == 2 and says in err and err.count("\n") == 1
+
+
 def command(*args, **how):
     return subprocess.Popen([sys.executable, "-P", "-m", "mambainllama", *map(str, args)], text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
