@@ -229,13 +229,12 @@ void model_free(Model *m) {
 
 /* The other mixer's parameters, unset; what both have (norms, MLP) stays. */
 int model_set_kind(Model *m, size_t l, int kind) {
+#define X(id, whose, when, text, shape, rows, cols) [id] = whose,
+  static const int mixers[PARAM_KINDS] = {PARAMS(X)};
+#undef X
   Param *p = m->layer[l];
-  const char *kept[] = {p[NORM1].name, p[NORM2].name, p[GATE].name, p[UP].name, p[DOWN].name, p[BGATE].name, p[BUP].name, p[BDOWN].name};
-  for (int i = 0; i < PARAM_KINDS; i++) {
-    int keep = 0;
-    for (size_t k = 0; k < sizeof kept / sizeof *kept; k++) keep |= p[i].name && p[i].name == kept[k];
-    if (!keep) param_release(p + i);
-  }
+  for (int i = 0; i < PARAM_KINDS; i++)
+    if (!(mixers[i] & 1 << kind)) param_release(p + i);
   m->kind[l] = kind;
   m->version++;
   drop_gradients(m);
