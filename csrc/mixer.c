@@ -253,12 +253,14 @@ static void mix_mamba2_backward(Call *k, size_t l, const Acts *acts, real *du, c
 
 /* ---- identity: adds nothing ----------------------------------------------------------------------------------------------------- */
 
-static void identity_layout(const Model *m, size_t l, Arena *arena, Acts *acts, size_t M) { (void)m, (void)l, (void)arena, (void)acts, (void)M; }
+static void identity_layout(const Model *m, size_t l, Arena *arena, Acts *acts, size_t M) {
+  (void)m, (void)l, (void)arena, (void)acts, (void)M;
+}
 static void identity_caches(const Model *m, size_t l, size_t capacity, Cache *cache) { (void)m, (void)l, (void)capacity, (void)cache; }
 static void mix_identity(const Call *k, size_t l, Acts *acts, real *h, const real *u) { (void)k, (void)l, (void)acts, (void)h, (void)u; }
 static void mix_identity_backward(Call *k, size_t l, const Acts *acts, real *du, const real *dh, const real *u, Arena *arena) {
   (void)l, (void)acts, (void)dh, (void)u, (void)arena;
-  device_zero(du, k->M * k->m->c.width * sizeof(real));
+  if (du) device_zero(du, k->M * k->m->c.width * sizeof(real));
 }
 
 const Mixer MIXER[MIXERS] = {

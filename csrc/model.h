@@ -1,4 +1,4 @@
-/* model.h - Config, Model, State: a decoder of L layers, each norm, mixer (attention | mamba1 | mamba2 | window | identity), norm, SwiGLU. */
+/* model.h - Config, Model, State: a decoder of L layers, each norm, mixer (attention, mamba1, mamba2, window, identity), norm, SwiGLU. */
 #ifndef MIL_MODEL_H
 #define MIL_MODEL_H
 #include <setjmp.h>
@@ -11,7 +11,8 @@ enum { ATTENTION, MAMBA1, MAMBA2, WINDOW, IDENTITY, MIXERS };
 enum { SCAN_STATE = 16, CONV = 4 }; /* Mamba-1's N; the width of every conv */
 
 #define CONFIG_SIZES(X) \
-  X(vocab) X(width) X(layers) X(heads) X(kv_heads) X(head_dim) X(mlp) X(tied) X(qkv_bias) X(o_bias) X(mlp_bias) X(qk_norm) X(dt_bias_twice) X(sinks)
+  X(vocab) X(width) X(layers) X(heads) X(kv_heads) X(head_dim) X(mlp) X(tied) X(qkv_bias) X(o_bias) X(mlp_bias) X(qk_norm) \
+  X(dt_bias_twice) X(sinks)
 #define CONFIG_FLOATS(X) X(eps) X(norm_eps) X(rope_scale)
 typedef struct {
 #define X(name) size_t name;

@@ -392,7 +392,8 @@ static PyObject *model_convert_(PyObject *self, PyObject *args) {
   if (kind < 0) return NULL;
   if (layer < 0 || (size_t)layer >= o->m.c.layers || o->m.kind[layer] != ATTENTION || kind == ATTENTION)
     return PyErr_Format(PyExc_ValueError, "layer %zd cannot become %U: it must be one of the model's attention layers", layer, name);
-  if (window < (kind == WINDOW) || sinks < 0) return PyErr_Format(PyExc_ValueError, "a window is 1 or more tokens and sinks are 0 or more, got %zd and %zd", window, sinks);
+  if (window < (kind == WINDOW) || sinks < 0)
+    return PyErr_Format(PyExc_ValueError, "a window is 1 or more tokens and sinks are 0 or more, got %zd and %zd", window, sinks);
   o->version++;
   return finish("Model.convert", model_convert(&o->m, (size_t)layer, kind, init, seed, (size_t)window, (size_t)sinks));
 }

@@ -121,7 +121,7 @@ static __global__ void add_queries_to_sinks(Attention a) {
   }
   __syncthreads();
   for (int c = threadIdx.x; c < 2 * a.P; c += blockDim.x) {
-    real *const to = (c < a.P ? a.dk : a.dv - a.P) + key_at(a, b, e, g) + c;
+    real *const to = (c < a.P ? a.dk + c : a.dv + c - a.P) + key_at(a, b, e, g);
     float x = load(to);
     for (int w = 0; w < warps; w++) x += sums[2 * a.P * w + c];
     store(to, x);

@@ -24,8 +24,8 @@ static Attention shape(int B, int T, int H, int G, int P) {
 }
 static size_t outputs(const Attention &a) { return (size_t)a.B * a.T * a.H * a.P; }
 static void forward(const Attention &a) {
-  attention_forward(a.o, a.lse, a.kcache, a.vcache, (real *)a.q, (real *)a.k, a.v, a.rows, Rope{}, a.scale * LN2, a.window, a.sinks, a.B, a.T,
-                    a.H, a.G, a.P, a.K);
+  attention_forward(a.o, a.lse, a.kcache, a.vcache, (real *)a.q, (real *)a.k, a.v, a.rows, Rope{}, a.scale * LN2, a.window, a.sinks, a.B,
+                    a.T, a.H, a.G, a.P, a.K);
 }
 static void plain(const Attention &a) { LAUNCH(attend_plain, dim3(a.T, a.H, a.B), 128, a.P * sizeof(float), a); }
 
