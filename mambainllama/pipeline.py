@@ -6,7 +6,7 @@
   out: run                             # folder; a part has one in it, NUMBER-NAME
   config: {…}                          # config.json's values of `start`, and parameters of the teacher, for a dry run without the folders
   run:                                 # the parts, each a mapping of one name
-    - convert: {attention: 0.5}        # or mamba_layers; mixer, window, sinks, init, seed, data: as mil.convert. Stages of a training part convert too
+    - convert: {attention: 0.5}        # or mamba_layers; mixer, window, init, data …: as mil.convert. Stages of a training part convert too
     - answer: {data: prompts.jsonl, max_new_tokens: 512}     # the teacher's answers (mil.answer): data of the parts after it that name none
     - distill: {data: chats.jsonl, stages: […], …}           # as mil.distill: a recipe, and its data
     - sft: {data: chats.jsonl, epochs: 1, …}                 # as mil.sft; train: as mil.train

@@ -15,11 +15,11 @@ TEACHERS = {"llama": config(None, None), "biases": config(None, None, attention_
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-@pytest.mark.parametrize("init", ["attention", "random"])
+@pytest.mark.parametrize("init", ["calibrated", "random"])
 def test_a_window_starts_as_the_attention(name, init, device):
     """Every bit of every parameter, and of the logits as far as the window and the sinks reach: one forward, and decoding."""
     teacher = mil.random(TEACHERS[name], seed=1, **device.how)
-    student = mil.convert(teacher, [0, 2], "window", window=20, sinks=3, init=init)
+    student = mil.convert(teacher, [0, 2], "window", window=20, sinks=3, init=init)  # init is Mamba's
     assert student.layer_kinds == ["window", "attention"] * 2 and bits(student) == bits(teacher)
     ids = tokens(2, 40)
     ours, theirs = student.logits(ids), teacher.logits(ids)
@@ -136,6 +136,24 @@ def test_a_recipe_converts_to_them(mixer, tmp_path):
     again = mil.convert(teacher, mamba_layers=[])
     mil.distill(again, teacher, rows(1), recipe, out=tmp_path / "run")
     assert again.layer_kinds == student.layer_kinds and bits(again) == bits(student) and again.c.windows() == student.c.windows()
+
+
+def test_alignment_sees_what_an_identity_lacks(device):
+    """Its error is all that the teacher's mixer adds; behind it the MLP learns, and with its norm frozen nothing is asked of the mixer."""
+    teacher, ids = mil.random(TEACHERS["llama"], seed=1, **device.how), tokens(2, 20)
+    student = mil.convert(teacher, [1], "identity")
+    added = teacher.hidden(ids, [1], mid=True) - teacher.hidden(ids, [1])
+    np.testing.assert_allclose(student.align(ids, teacher, layers=[1]), np.square(added).sum(-1), rtol=1e-3 if device.name != "cuda" else 0.1)
+    student.trainable(["*layers.1.mlp*"])
+    student.align(ids, teacher, "hidden", layers=[1], weights=np.ones(1, np.float32), backward=True)
+    assert np.linalg.norm(student.grad("model.layers.1.mlp.down_proj.weight")) > 0
+
+
+def test_a_run_converts_to_a_window():
+    config = {**TEACHERS["llama"], "architectures": ["LlamaForCausalLM"]}
+    plan = {"teacher": "nowhere", "config": config, "run": [{"convert": {"attention": 0.5, "mixer": "window", "window": 5, "sinks": 1}},
+                                                            {"distill": {"data": "x.jsonl", "steps": 3}}]}
+    assert mil.run(plan, dry_run=True).count("2 window") == 2
 
 
 def test_the_command_line(tmp_path, capsys):
