@@ -8,6 +8,7 @@
 #include "ops.h"
 
 enum { ROWS = 128, QUERIES = 32, KEYS = 64 }; /* rows of a forward tile, tokens of a backward one, keys of a block */
+enum { FARTHEST = 1 << 30 };                  /* position */
 
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
@@ -67,7 +68,7 @@ void rope_backward(real *dx, const real *dy, const int32_t *position, const floa
 /* ---- what a token sees ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
-  size_t from, to; /* depths */
+  size_t start, from, to; /* depths: the document's start; what is seen is from .. to and the sinks from start on */
 } Seen;
 
 typedef struct {
@@ -76,7 +77,7 @@ typedef struct {
   const real *kcache, *vcache, *q, *k, *v, *dout;
   Rows rows;
   float scale;
-  size_t window, T, H, G, P, K;
+  size_t window, sinks, T, H, G, P, K;
   size_t rep, wide;             /* H/G; P in whole vectors */
   size_t tokens, groups, tiles; /* of a tile, at most; of a tile, at most; tiles of a row's tokens */
   int tree;                     /* some token follows another than the one before it */
@@ -101,8 +102,35 @@ static void find_seen(const Attention *a, size_t B) {
       if (p == -2) start = t;
       seen[t].to = a->tree ? (p < 0 ? base : seen[p].to) + 1 : base + t + 1;
       seen[t].from = a->window && seen[t].to > a->window ? max(start, seen[t].to - a->window) : start;
+      seen[t].start = start;
     }
   }
+}
+
+/* What a token sees of the block of depths e .. e+n: its entries first .. sunk and from .. to, in this order. */
+typedef struct {
+  size_t first, sunk, from, to;
+} Part;
+
+static Part part_of(const Attention *a, const Seen *seen, size_t e, size_t n) {
+  Part p;
+  p.to = min(max(seen->to, e) - e, n);
+  p.from = min(max(seen->from, e) - e, p.to);
+  p.sunk = min(max(seen->start + a->sinks, e) - e, p.from);
+  p.first = min(max(seen->start, e) - e, p.sunk);
+  return p;
+}
+static int is_empty(const Part *p) { return p->first == p->sunk && p->from == p->to; }
+
+static void hide(float *restrict s, const Part *p, float value) {
+  for (size_t j = 0; j < p->first; j++) s[j] = value;
+  for (size_t j = p->sunk; j < p->from; j++) s[j] = value;
+  for (size_t j = p->to; j < KEYS; j++) s[j] = value;
+}
+
+/* The first block, e or behind it, that has sinks of seen's document or is not before depth low. */
+static size_t block_from(const Attention *a, const Seen *seen, size_t low, size_t e) {
+  return a->sinks && e < seen->start + a->sinks ? e : max(e, low / KEYS * KEYS);
 }
 
 /* This call's tokens on t's path, oldest first. */
@@ -116,11 +144,14 @@ typedef struct {
   const size_t *path;
 } Keys;
 
+/* Where position e is in a cache. */
+static size_t entry_at(const Attention *a, size_t e) { return e < a->sinks ? e : a->sinks + (e - a->sinks) % (a->K - a->sinks); }
+
 /* The entry of depth e, and in *n how many from there on lie G*P apart. */
 static const real *run_of(const Attention *a, const Keys *keys, const real *cache, const real *x, size_t e, size_t *n) {
   if (e < keys->base) {
-    const size_t at = e % a->K;
-    *n = min(*n, min(keys->base - e, a->K - at));
+    const size_t at = entry_at(a, e);
+    *n = min(*n, min(keys->base - e, a->K - at)); /* behind the sinks' entries the others begin */
     return cache + ((slot_of(a, keys->b) * a->K + at) * a->G + keys->g) * a->P;
   }
   const size_t *path = keys->path ? keys->path + (e - keys->base) : NULL, t = path ? *path : e - keys->base;
@@ -161,18 +192,17 @@ typedef struct {
   float *q, *o, *s, *k, *v, *top, *sum; /* (rows,P), (rows,wide), (rows,KEYS), (P,KEYS), (KEYS,wide), (rows) twice */
 } Tile;
 
-/* One row of one block: s (KEYS) scores in, weights out, only from .. to are seen; o (wide) is rescaled. */
-static void softmax_row(float *restrict s, float *restrict o, float *top, float *sum, size_t from, size_t to, size_t wide) {
+/* One row of one block: s (KEYS) scores in, weights out, only p is seen; o (wide) is rescaled. */
+static void softmax_row(float *restrict s, float *restrict o, float *top, float *sum, const Part *p, size_t wide) {
   float m = *top;
-  for (size_t j = 0; j < from; j++) s[j] = -INFINITY;
-  for (size_t j = to; j < KEYS; j++) s[j] = -INFINITY;
+  hide(s, p, -INFINITY);
 #pragma omp simd reduction(max : m)
   for (size_t j = 0; j < KEYS; j++) m = s[j] > m ? s[j] : m;
   vec part = {0};
   for (size_t j = 0; j < KEYS; j++) s[j] = exp_(s[j] - m);
   for (size_t j = 0; j < KEYS; j += LANES) part += vec_load(s + j);
   const float shrink = exp_(*top - m);
-  for (size_t p = 0; p < wide && shrink != 1; p++) o[p] *= shrink;
+  for (size_t c = 0; c < wide && shrink != 1; c++) o[c] *= shrink;
   *sum = *sum * shrink + vec_sum(part);
   *top = m;
 }
@@ -184,32 +214,31 @@ static void attend_block(const Attention *a, const Tile *u, const Keys *keys, si
   load_rows(u->v, a, keys, a->vcache, a->v, e, count);
   gemm(u->s, KEYS, u->q + r * P, P, 1, u->k, KEYS, R, whole_vectors(count), P, 0);
   for (size_t i = 0; i < R; i++) {
-    const Seen *seen = a->seen + u->b * a->T + u->t + (r + i) / a->rep % u->n;
-    const size_t from = max(seen->from, e) - e, to = min(max(seen->to, e) - e, count);
-    if (from < to)
-      softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, from, to, wide);
-    else
+    const Part part = part_of(a, a->seen + u->b * a->T + u->t + (r + i) / a->rep % u->n, e, count);
+    if (is_empty(&part))
       memset(u->s + i * KEYS, 0, KEYS * sizeof *u->s);
+    else
+      softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, &part, wide);
   }
   gemm(u->o + r * wide, wide, u->s, KEYS, 1, u->v, wide, R, wide, count, 1);
 }
 
 /* A chain's keys serve all rows of a group. A tree's serve them up to the last block that lies in the cache whole; from there
- * on each token goes its own path. */
+ * on each token goes its own path. Documents that start behind the first token do so within depths low .. shared. */
 static void attend(const Attention *a, const Tile *u) {
   const Seen *seen = a->seen + u->b * a->T + u->t;
   Keys keys = {.b = u->b, .g = u->g, .base = base_of(a, u->b)};
   const size_t shared = a->tree ? keys.base / KEYS * KEYS : seen[u->n - 1].to, rows = u->n * a->rep;
   size_t low = shared, path[PENDING];
   for (size_t i = 0; i < u->n; i++) low = min(low, seen[i].from);
-  for (size_t e = low / KEYS * KEYS; e < shared; e += KEYS) {
+  for (size_t e = block_from(a, seen, low, seen->start / KEYS * KEYS); e < shared; e = block_from(a, seen, low, e + KEYS)) {
     for (size_t j = 0; j < u->groups; j++, keys.g++) attend_block(a, u, &keys, j * rows, rows, e, shared);
     keys.g = u->g;
   }
   for (size_t i = 0; a->tree && i < u->n; i++) {
     find_path(path, a, u->b, u->t + i);
     keys.path = path;
-    for (size_t e = max(shared, seen[i].from / KEYS * KEYS); e < seen[i].to; e += KEYS) {
+    for (size_t e = block_from(a, seen + i, seen[i].from, shared); e < seen[i].to; e = block_from(a, seen + i, seen[i].from, e + KEYS)) {
       for (size_t j = 0; j < u->groups; j++, keys.g++) attend_block(a, u, &keys, j * rows + i * a->rep, a->rep, e, seen[i].to);
       keys.g = u->g;
     }
@@ -258,25 +287,28 @@ static void forward_range(void *arg, size_t begin, size_t end, size_t worker) { 
   }
 }
 
-/* The last K of the tokens that may still be asked for: padding behind what may stay pending must not push others out. */
+/* Sinks, and the last of the other tokens that may still be asked for: padding behind what may stay pending must not push others
+ * out. */
 static void write_cache(real *cache, const real *x, const Attention *a, size_t B) {
   const size_t row = a->G * a->P;
   for (size_t b = 0; b < B; b++) {
-    const size_t end = a->rows.keep ? min(a->T, (size_t)a->rows.keep[b] + PENDING) : a->T;
-    for (size_t t = end > a->K ? end - a->K : 0; t < end; t++)
-      memcpy(cache + (slot_of(a, b) * a->K + (base_of(a, b) + t) % a->K) * row, x + (b * a->T + t) * row, row * sizeof *x);
+    const size_t end = a->rows.keep ? min(a->T, (size_t)a->rows.keep[b] + PENDING) : a->T, base = base_of(a, b);
+    for (size_t t = 0; t < end; t++)
+      if (base + t < a->sinks || end - t <= a->K - a->sinks)
+        memcpy(cache + (slot_of(a, b) * a->K + entry_at(a, base + t)) * row, x + (b * a->T + t) * row, row * sizeof *x);
   }
 }
 
 void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q, real *k, const real *v, Rows rows, Rope rope,
-                       float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
+                       float scale, size_t window, size_t sinks, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
   if (!B || !T || !H || !G) return;
   if (rope.inv_freq) {
     rope_forward(q, q, rope.position, rope.inv_freq, rope.scale, B * T, H, P);
     rope_forward(k, k, rope.position, rope.inv_freq, rope.scale, B * T, G, P);
   }
   Attention a = {.o = o, .lse = lse, .kcache = kcache, .vcache = vcache, .q = q, .k = k, .v = v, .rows = rows, .scale = scale,
-                 .window = window, .T = T, .H = H, .G = G, .P = P, .K = K, .rep = H / G, .wide = whole_vectors(P)};
+                 .window = window, .sinks = window ? min(sinks, FARTHEST) : 0, .T = T, .H = H, .G = G, .P = P, .K = K, .rep = H / G,
+                 .wide = whole_vectors(P)};
   a.tokens = min(T, max(1, min(KEYS, ROWS / a.rep)));
   a.tiles = (T + a.tokens - 1) / a.tokens;
   a.groups = a.tiles == 1 ? min(G, max(1, ROWS / (a.tokens * a.rep))) : 1;
@@ -287,7 +319,7 @@ void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q,
   a.seen = (Seen *)(a.scratch + workers() * a.share);
   find_seen(&a, B);
   size_t keys = 0;
-  for (size_t i = 0; i < B * T; i++) keys += a.seen[i].to - a.seen[i].from;
+  for (size_t i = 0; i < B * T; i++) keys += a.seen[i].to - a.seen[i].from + min(a.sinks, a.seen[i].from - a.seen[i].start);
   parallel(forward_range, &a, B * G * a.tiles, 4.0 * a.rep * P * keys / (B * a.tiles));
   if (kcache) write_cache(kcache, k, &a, B), write_cache(vcache, v, &a, B);
 }
@@ -298,14 +330,14 @@ typedef struct {
   float *kt, *k, *vt, *s, *dp, *dk, *dv; /* (P,KEYS), (KEYS,wide), (P,KEYS), (QUERIES,KEYS) twice, (KEYS,P) twice */
 } Tiles;
 
-/* p = exp(scale q.k - lse), dp = dout.v, ds = scale p (dp - delta), of one token and head; seen from .. to of KEYS */
-static void backward_row(float *restrict s, float *restrict dp, float scale, float lse, float delta, size_t from, size_t to) {
+/* p = exp(scale q.k - lse), dp = dout.v, ds = scale p (dp - delta), of one token and head; of KEYS p is seen */
+static void backward_row(float *restrict s, float *restrict dp, float scale, float lse, float delta, const Part *p) {
   for (size_t j = 0; j < KEYS; j++) {
     s[j] = exp_(s[j] * scale - lse);
     dp[j] = scale * s[j] * (dp[j] - delta);
   }
-  for (size_t j = 0; j < from; j++) s[j] = dp[j] = 0;
-  for (size_t j = to; j < KEYS; j++) s[j] = dp[j] = 0;
+  hide(s, p, 0);
+  hide(dp, p, 0);
 }
 
 /* Tokens t .. t+n of head h on keys e .. e+count, count <= KEYS: o = p v: dv += p^T dout;  dq += ds k;  dk += ds^T q. */
@@ -314,10 +346,9 @@ static void backward_tile(const Attention *a, const Tiles *w, size_t b, size_t h
   gemm(w->s, KEYS, a->q + at, row, 1, w->kt, KEYS, n, whole_vectors(count), P, 0);
   gemm(w->dp, KEYS, a->dout + at, row, 1, w->vt, KEYS, n, whole_vectors(count), P, 0);
   for (size_t i = 0; i < n; i++) {
-    const Seen *seen = a->seen + b * a->T + t + i;
-    const size_t to = min(seen->to - e, KEYS), from = min(max(seen->from, e) - e, to);
+    const Part part = part_of(a, a->seen + b * a->T + t + i, e, KEYS);
     const size_t of = (b * a->H + h) * a->T + t + i;
-    backward_row(w->s + i * KEYS, w->dp + i * KEYS, a->scale, a->lse[of], a->delta[of], from, to);
+    backward_row(w->s + i * KEYS, w->dp + i * KEYS, a->scale, a->lse[of], a->delta[of], &part);
   }
   gemm(w->dv, P, w->s, 1, KEYS, a->dout + at, row, count, P, n, 1);
   gemm(w->dk, P, w->dp, 1, KEYS, a->q + at, row, count, P, n, 1);
@@ -331,8 +362,10 @@ static void backward_block(const Attention *a, const Tiles *w, const Keys *keys,
   load_columns(w->vt, a, keys, NULL, a->v, e, count);
   memset(w->dk, 0, KEYS * P * sizeof(float));
   memset(w->dv, 0, KEYS * P * sizeof(float));
-  for (size_t t = e; t < T && a->seen[b * T + t].from < e + count; t += QUERIES) {
+  for (size_t t = e; t < T; t += QUERIES) {
     const size_t n = min(QUERIES, T - t);
+    const Part part = part_of(a, a->seen + b * T + t, e, count);
+    if (is_empty(&part)) continue; /* its tile sees nothing here: what starts behind it sees no more than it */
     for (size_t r = 0; r < a->rep; r++) backward_tile(a, w, b, keys->g * a->rep + r, t, n, e, min(count, t + n - e));
   }
   for (size_t j = 0; j < count; j++) {
@@ -370,12 +403,12 @@ static void backward_range(void *arg, size_t begin, size_t end, size_t worker) {
 }
 
 void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,
-                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H,
-                        size_t G, size_t P) {
+                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t sinks, size_t B, size_t T,
+                        size_t H, size_t G, size_t P) {
   if (!B || !T || !H || !G) return;
   Attention a = {.o = (real *)o, .dq = dq, .dk = dk, .dv = dv, .lse = (float *)lse, .q = q, .k = k, .v = v, .dout = dout,
-                 .rows = rows, .scale = scale, .window = window, .T = T, .H = H, .G = G, .P = P, .rep = H / G,
-                 .wide = whole_vectors(P)};
+                 .rows = rows, .scale = scale, .window = window, .sinks = window ? min(sinks, FARTHEST) : 0, .T = T, .H = H, .G = G,
+                 .P = P, .rep = H / G, .wide = whole_vectors(P)};
   a.share = whole_vectors(2 * QUERIES * KEYS + KEYS * (4 * P + a.wide));
   a.scratch = device_scratch(workers() * a.share * sizeof(float) + B * T * (sizeof(Seen) + H * sizeof(float)));
   if (!a.scratch) return;

@@ -249,13 +249,17 @@ void state_copy(State *s, size_t to, size_t from) {
   s->seen[to] = s->seen[from];
 }
 
+static char *entry_at(const Cache *c, size_t slot, size_t position) {
+  const size_t first = c->rows - c->turns, row = position < first ? position : first + (position - first) % c->turns;
+  return slot_data(c, slot) + row * c->row_bytes;
+}
+
 /* Parents come before their children, so path[i] >= i and rows move down in order. */
 void state_commit(State *s, size_t slot, size_t n, const int32_t *path) {
   size_t pos = (size_t)s->pos[slot];
   for (size_t i = 0; path && i < n; i++)
-    if ((size_t)path[i] != i) FOR_CACHES(s, c) if (c->circular)
-      device_copy(slot_data(c, slot) + (pos + i) % c->rows * c->row_bytes,
-                  slot_data(c, slot) + (pos + (size_t)path[i]) % c->rows * c->row_bytes, c->row_bytes);
+    if ((size_t)path[i] != i) FOR_CACHES(s, c) if (c->turns)
+      device_copy(entry_at(c, slot, pos + i), entry_at(c, slot, pos + (size_t)path[i]), c->row_bytes);
   s->pos[slot] += (int32_t)n;
   s->pending[slot] = path ? 0 : s->pending[slot] - (int32_t)n;
 }

@@ -1,4 +1,4 @@
-/* mixer.c - attention | mamba1 | mamba2: what each keeps, its caches, forward (with a State: decode) and backward. */
+/* mixer.c - attention | mamba1 | mamba2 | window | identity: what each keeps, its caches, forward (with a State: decode), backward. */
 #include "model.h"
 
 #define ACTS(i, width) acts->x[i] = take(arena, M * (width) * sizeof(real))
@@ -28,9 +28,11 @@ static void project_backward(const Call *k, real *dx, const real *dy, const real
   linear_backward(dx, dw ? dw + row * w->b : NULL, b ? gradient(k->m, b) : NULL, dy, x, matrix(w, row), add, k->M, w->b, O);
 }
 
-/* ---- attention ---------------------------------------------------------------------------------------------------------- */
+/* ---- attention, and the same with a window and sinks ---------------------------------------------------------------------- */
 
 enum { Q, K, V, O, RAW_Q, RAW_K };
+
+static size_t sinks_of(const Model *m, size_t l) { return m->kind[l] == WINDOW ? m->c.sinks : 0; }
 
 static void attention_layout(const Model *m, size_t l, Arena *arena, Acts *acts, size_t M) {
   (void)l;
@@ -44,9 +46,9 @@ static void attention_layout(const Model *m, size_t l, Arena *arena, Acts *acts,
 }
 
 static void attention_caches(const Model *m, size_t l, size_t capacity, Cache *cache) {
-  size_t rows = capacity, seen = m->window[l] + PENDING;
+  size_t rows = capacity, sinks = sinks_of(m, l), seen = sinks + m->window[l] + PENDING;
   if (m->window[l] && seen < rows) rows = seen;
-  cache[0] = cache[1] = (Cache){NULL, rows, dims(m).E * sizeof(real), 1};
+  cache[0] = cache[1] = (Cache){NULL, rows, dims(m).E * sizeof(real), rows > sinks ? rows - sinks : 1};
 }
 
 static void mix_attention(const Call *k, size_t l, Acts *acts, real *h, const real *u) {
@@ -70,7 +72,7 @@ static void mix_attention(const Call *k, size_t l, Acts *acts, real *h, const re
   }
   Cache *cache = k->s ? k->s->layer[l] : NULL;
   attention_forward(x[O], acts->lse, cache ? cache[0].data : NULL, cache ? cache[1].data : NULL, x[Q], x[K], x[V], k->rows, rope,
-                    1 / sqrtf((float)d.P), m->window[l], k->B, k->T, d.H, d.G, d.P, cache ? cache->rows : 0);
+                    1 / sqrtf((float)d.P), m->window[l], sinks_of(m, l), k->B, k->T, d.H, d.G, d.P, cache ? cache->rows : 0);
   project(k, h, x[O], p + WO, 0, d.C, p + BO, 1);
 }
 
@@ -82,8 +84,8 @@ static void mix_attention_backward(Call *k, size_t l, const Acts *acts, real *du
   real *dout = take(arena, k->M * d.D * sizeof(real)), *dq = take(arena, k->M * d.D * sizeof(real));
   real *dk = take(arena, k->M * d.E * sizeof(real)), *dv = take(arena, k->M * d.E * sizeof(real));
   project_backward(k, dout, dh, x[O], p + WO, 0, d.C, p + BO, 0); /* h += o Wo^T + bo */
-  attention_backward(dq, dk, dv, dout, x[Q], x[K], x[V], x[O], acts->lse, k->rows, 1 / sqrtf((float)d.P), m->window[l], k->B,
-                     k->T, d.H, d.G, d.P);
+  attention_backward(dq, dk, dv, dout, x[Q], x[K], x[V], x[O], acts->lse, k->rows, 1 / sqrtf((float)d.P), m->window[l],
+                     sinks_of(m, l), k->B, k->T, d.H, d.G, d.P);
   rope_backward(dq, dq, k->position, m->inv_freq, m->c.rope_scale, k->M, d.H, d.P);
   rope_backward(dk, dk, k->position, m->inv_freq, m->c.rope_scale, k->M, d.G, d.P);
   if (m->c.qk_norm) {
@@ -111,12 +113,12 @@ static void mamba1_caches(const Model *m, size_t l, size_t capacity, Cache *cach
   (void)l;
   (void)capacity;
   Dims d = dims(m);
-  size_t ring = SCAN_RING + PENDING;
-  cache[0] = (Cache){NULL, CONV - 1 + PENDING, d.E * sizeof(real), 1};
+  size_t ring = SCAN_RING + PENDING, conv = CONV - 1 + PENDING;
+  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), conv};
   cache[1] = (Cache){NULL, 1, d.D * SCAN_STATE * sizeof(float), 0};
-  cache[2] = (Cache){NULL, ring, d.D * sizeof(real), 1};
-  cache[3] = (Cache){NULL, ring, d.D * sizeof(float), 1};
-  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), 1};
+  cache[2] = (Cache){NULL, ring, d.D * sizeof(real), ring};
+  cache[3] = (Cache){NULL, ring, d.D * sizeof(float), ring};
+  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), ring};
 }
 
 static void mix_mamba1(const Call *k, size_t l, Acts *acts, real *h, const real *u) {
@@ -180,13 +182,13 @@ static void mamba2_caches(const Model *m, size_t l, size_t capacity, Cache *cach
   (void)capacity;
   Dims d = dims(m);
   size_t ring = SSD_RING + PENDING, conv = CONV - 1 + PENDING;
-  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), 1};
-  cache[1] = (Cache){NULL, conv, d.E * sizeof(real), 1};
-  cache[2] = (Cache){NULL, conv, d.D * sizeof(real), 1};
+  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), conv};
+  cache[1] = (Cache){NULL, conv, d.E * sizeof(real), conv};
+  cache[2] = (Cache){NULL, conv, d.D * sizeof(real), conv};
   cache[3] = (Cache){NULL, 1, d.D * d.P * sizeof(float), 0};
-  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), 1};
-  cache[5] = (Cache){NULL, ring, d.H * sizeof(float), 1};
-  cache[6] = (Cache){NULL, ring, d.E * sizeof(real), 1};
+  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), ring};
+  cache[5] = (Cache){NULL, ring, d.H * sizeof(float), ring};
+  cache[6] = (Cache){NULL, ring, d.E * sizeof(real), ring};
 }
 
 /* The three parts of the convolution: input and output act, first channel, width. */
@@ -249,8 +251,22 @@ static void mix_mamba2_backward(Call *k, size_t l, const Acts *acts, real *du, c
   project_backward(k, du, ddt, u, p + M2IN, 2 * (d.D + d.E), d.H, NULL, 1);
 }
 
+/* ---- identity: adds nothing ----------------------------------------------------------------------------------------------------- */
+
+static void identity_layout(const Model *m, size_t l, Arena *arena, Acts *acts, size_t M) {
+  (void)m, (void)l, (void)arena, (void)acts, (void)M;
+}
+static void identity_caches(const Model *m, size_t l, size_t capacity, Cache *cache) { (void)m, (void)l, (void)capacity, (void)cache; }
+static void mix_identity(const Call *k, size_t l, Acts *acts, real *h, const real *u) { (void)k, (void)l, (void)acts, (void)h, (void)u; }
+static void mix_identity_backward(Call *k, size_t l, const Acts *acts, real *du, const real *dh, const real *u, Arena *arena) {
+  (void)l, (void)acts, (void)dh, (void)u, (void)arena;
+  if (du) device_zero(du, k->M * k->m->c.width * sizeof(real));
+}
+
 const Mixer MIXER[MIXERS] = {
     {"attention", attention_layout, attention_caches, mix_attention, mix_attention_backward},
     {"mamba1", mamba1_layout, mamba1_caches, mix_mamba1, mix_mamba1_backward},
     {"mamba2", mamba2_layout, mamba2_caches, mix_mamba2, mix_mamba2_backward},
+    {"window", attention_layout, attention_caches, mix_attention, mix_attention_backward},
+    {"identity", identity_layout, identity_caches, mix_identity, mix_identity_backward},
 };

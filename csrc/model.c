@@ -238,25 +238,26 @@ void model_free(Model *m) {
   free(m->window);
 }
 
-/* The layer's mixer goes; what every layer has (norms, MLP) stays. */
-static void drop_mixer(Model *m, size_t l) {
+/* The parameters of other mixers go; what both have (norms, MLP, of a window attention's all) stays. */
+int model_set_kind(Model *m, size_t l, int kind) {
   for (int i = 0; i < PARAM_KINDS; i++)
-    if (MIXERS_OF[i] != ALL) param_release(m->layer[l] + i);
+    if (!(MIXERS_OF[i] & 1 << kind)) param_release(m->layer[l] + i);
+  m->kind[l] = kind;
   m->version++;
   drop_gradients(m);
-}
-
-int model_set_kind(Model *m, size_t l, int kind) {
-  drop_mixer(m, l);
-  m->kind[l] = kind;
   return make_params(m, m->layer[l], 1 << kind, m->type);
 }
 
 void model_share_mixer(Model *m, size_t l, const Model *from) {
-  drop_mixer(m, l);
-  m->kind[l] = from->kind[l];
   for (int i = 0; i < PARAM_KINDS; i++)
-    if (MIXERS_OF[i] != ALL) same_param(m->layer[l] + i, from->layer[l] + i);
+    if (MIXERS_OF[i] != ALL) {
+      param_release(m->layer[l] + i);
+      same_param(m->layer[l] + i, from->layer[l] + i);
+    }
+  m->kind[l] = from->kind[l];
+  m->window[l] = from->window[l];
+  m->version++;
+  drop_gradients(m);
 }
 
 void param_set_trainable(Model *m, Param *p, int trainable) {

@@ -1,4 +1,4 @@
-/* model.h - Config, Model, State: a decoder of L layers, each norm, mixer (attention | mamba1 | mamba2), norm, SwiGLU. */
+/* model.h - Config, Model, State: a decoder of L layers, each norm, mixer (attention, mamba1, mamba2, window, identity), norm, SwiGLU. */
 #ifndef MIL_MODEL_H
 #define MIL_MODEL_H
 #include <setjmp.h>
@@ -6,11 +6,13 @@
 #include "device.h"
 #include "ops.h"
 
-enum { ATTENTION, MAMBA1, MAMBA2, MIXERS };
+/* WINDOW is attention to the last window[l] tokens and the first `sinks`; IDENTITY adds nothing. */
+enum { ATTENTION, MAMBA1, MAMBA2, WINDOW, IDENTITY, MIXERS };
 enum { SCAN_STATE = 16, CONV = 4 }; /* Mamba-1's N; the width of every conv */
 
 #define CONFIG_SIZES(X) \
-  X(vocab) X(width) X(layers) X(heads) X(kv_heads) X(head_dim) X(mlp) X(tied) X(qkv_bias) X(o_bias) X(mlp_bias) X(qk_norm) X(dt_bias_twice)
+  X(vocab) X(width) X(layers) X(heads) X(kv_heads) X(head_dim) X(mlp) X(tied) X(qkv_bias) X(o_bias) X(mlp_bias) X(qk_norm) \
+  X(dt_bias_twice) X(sinks)
 #define CONFIG_FLOATS(X) X(eps) X(norm_eps) X(rope_scale)
 typedef struct {
 #define X(name) size_t name;
@@ -21,7 +23,7 @@ typedef struct {
 #undef X
 } Config;
 
-/* The one list of parameters: id, which mixers have it (ALL: every layer, TOP: once a model), when it exists, name, shape.
+/* The one list of parameters: id, which mixers have it (ALL: every layer, TOP: once a model, ATTENDS), when it exists, name, shape.
  * MATRIX (a,b) carries the model's dtype; VECTOR (a), TABLE (a,b) and FILTER (a,1,b) are float.
  * C width  D = heads*head_dim  E = kv_heads*head_dim  H heads  P head_dim  F mlp  V vocab  N SCAN_STATE  R dt rank  W CONV */
 #define PARAMS(X)                                                                               \
@@ -29,16 +31,16 @@ typedef struct {
   X(NORM, TOP, 1, "model.norm.weight", VECTOR, C, 1)                                            \
   X(HEAD, TOP, !c->tied, "lm_head.weight", MATRIX, V, C)                                        \
   X(NORM1, ALL, 1, "input_layernorm.weight", VECTOR, C, 1)                                      \
-  X(WQ, 1 << ATTENTION, 1, "self_attn.q_proj.weight", MATRIX, D, C)                             \
-  X(WK, 1 << ATTENTION, 1, "self_attn.k_proj.weight", MATRIX, E, C)                             \
-  X(WV, 1 << ATTENTION, 1, "self_attn.v_proj.weight", MATRIX, E, C)                             \
-  X(WO, 1 << ATTENTION, 1, "self_attn.o_proj.weight", MATRIX, C, D)                             \
-  X(BQ, 1 << ATTENTION, c->qkv_bias, "self_attn.q_proj.bias", VECTOR, D, 1)                     \
-  X(BK, 1 << ATTENTION, c->qkv_bias, "self_attn.k_proj.bias", VECTOR, E, 1)                     \
-  X(BV, 1 << ATTENTION, c->qkv_bias, "self_attn.v_proj.bias", VECTOR, E, 1)                     \
-  X(BO, 1 << ATTENTION, c->o_bias, "self_attn.o_proj.bias", VECTOR, C, 1)                       \
-  X(NORMQ, 1 << ATTENTION, c->qk_norm, "self_attn.q_norm.weight", VECTOR, P, 1)                 \
-  X(NORMK, 1 << ATTENTION, c->qk_norm, "self_attn.k_norm.weight", VECTOR, P, 1)                 \
+  X(WQ, ATTENDS, 1, "self_attn.q_proj.weight", MATRIX, D, C)                                    \
+  X(WK, ATTENDS, 1, "self_attn.k_proj.weight", MATRIX, E, C)                                    \
+  X(WV, ATTENDS, 1, "self_attn.v_proj.weight", MATRIX, E, C)                                    \
+  X(WO, ATTENDS, 1, "self_attn.o_proj.weight", MATRIX, C, D)                                    \
+  X(BQ, ATTENDS, c->qkv_bias, "self_attn.q_proj.bias", VECTOR, D, 1)                            \
+  X(BK, ATTENDS, c->qkv_bias, "self_attn.k_proj.bias", VECTOR, E, 1)                            \
+  X(BV, ATTENDS, c->qkv_bias, "self_attn.v_proj.bias", VECTOR, E, 1)                            \
+  X(BO, ATTENDS, c->o_bias, "self_attn.o_proj.bias", VECTOR, C, 1)                              \
+  X(NORMQ, ATTENDS, c->qk_norm, "self_attn.q_norm.weight", VECTOR, P, 1)                        \
+  X(NORMK, ATTENDS, c->qk_norm, "self_attn.k_norm.weight", VECTOR, P, 1)                        \
   X(M1X, 1 << MAMBA1, 1, "mamba.in_proj_x.weight", MATRIX, E, C)                                \
   X(M1Z, 1 << MAMBA1, 1, "mamba.in_proj_z.weight", MATRIX, D, C)                                \
   X(M1B, 1 << MAMBA1, 1, "mamba.B_proj.weight", MATRIX, E, C)                                   \
@@ -67,7 +69,7 @@ typedef struct {
   X(BUP, ALL, c->mlp_bias, "mlp.up_proj.bias", VECTOR, F, 1)                                    \
   X(BDOWN, ALL, c->mlp_bias, "mlp.down_proj.bias", VECTOR, C, 1)
 enum { MATRIX, VECTOR, TABLE, FILTER };
-enum { TOP = 0, ALL = (1 << MIXERS) - 1 };
+enum { TOP = 0, ALL = (1 << MIXERS) - 1, ATTENDS = 1 << ATTENTION | 1 << WINDOW };
 enum {
 #define X(id, mixers, when, name, form, a, b) id,
   PARAMS(X)
@@ -113,11 +115,11 @@ typedef struct {
   unsigned version; /* moves with every buffer: recorded calls point into them */
 } Model;
 
-/* One layer's memory of a slot: `rows` entries of row_bytes; circular: addressed by position modulo rows. */
+/* One layer's memory of a slot: `rows` entries of row_bytes. turns > 0: an entry a position; the last `turns` entries are taken in turn
+ * by the positions that are beyond those before. */
 typedef struct {
   void *data;
-  size_t rows, row_bytes;
-  int circular;
+  size_t rows, row_bytes, turns;
 } Cache;
 enum { MOST_CACHES = 7 };
 
@@ -231,7 +233,8 @@ void state_reset(State *s, size_t slot);
 void state_copy(State *s, size_t to, size_t from);
 void state_commit(State *s, size_t slot, size_t n, const int32_t *path); /* path NULL: the first n pending */
 
-/* transfer.c: a layer of `student` (attention) becomes `mixer`; init 1: from the attention's projections, 0: all fresh */
-int model_convert(Model *student, size_t layer, int mixer, int init, uint64_t seed);
+/* transfer.c: a layer of `student` (attention) becomes `mixer`; init 1: from the attention's projections, 0: all fresh. WINDOW keeps the
+ * attention's parameters; window and sinks are for it alone. */
+int model_convert(Model *student, size_t layer, int mixer, int init, uint64_t seed, size_t window, size_t sinks);
 void model_randomize(Model *m, uint64_t seed, float std);
 #endif

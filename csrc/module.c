@@ -323,6 +323,8 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
     }
   }
   size_t least = has(op, a, "kcache") ? PENDING + 1 : has(op, a, "cache") ? n['w'] - 1 + PENDING : 0;
+  int sinks = has(op, a, "kcache") ? find_param(op, "sinks") : -1;
+  if (sinks >= 0 && a[find_param(op, "window")].integer) least += (size_t)fmin(a[sinks].number, (double)far);
   if (least && n['l'] < least) {
     PyErr_Format(PyExc_ValueError, "%s: the cache must hold at least %zu tokens (axis l), got %zu", op->name, least, n['l']);
     return -1;

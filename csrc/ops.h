@@ -30,7 +30,8 @@ typedef struct {
  *                or a ring: what comes after the call could not know of it)
  *   pos (S)      where this call's first token stands in slot s (tokens before it, the pending ones that it extends included)
  *   committed (S), seen (S)   committed tokens now, and when the checkpoint was last written
- * Caches are addressed by absolute position modulo their length: the entry of token t of row b is (pos[slot]+t) % length.
+ * Caches are addressed by absolute position modulo their length: the entry of token t of row b is (pos[slot]+t) % length (attention
+ * with sinks: below).
  *
  * Recurrent checkpoints (scan, ssd): `state` holds the state after floor(seen/R)*R tokens, the ring the inputs of the tokens
  * from there up to pos. T <= PENDING: fold whole runs of R tokens until the checkpoint stands at floor(committed/R)*R, then
@@ -110,10 +111,13 @@ void rope_backward(real *dx, const real *dy, const int32_t *position, const floa
                    size_t P);
 /* Causal GQA attention, head h reads kv group h / (H/G); o[t] = sum_j softmax_j(scale * q[t].k[j]) v[j] over the tokens j on
  * t's path through prev, itself included, and, where the path reaches the incoming state, the tokens before pos in the cache;
- * window > 0: at most the last `window` tokens of that path. Softmax in float, keys in path order in blocks that stand at
- * absolute depths, so that T <= PENDING with a State is row-invariant. Never materialises T x T.
- * o, q (B,T,H,P)  k, v (B,T,G,P)  lse (B,H,T) = log sum exp, or NULL  kcache, vcache (S,K,G,P) or NULL
+ * window > 0: at most the last `window` tokens of that path and the first `sinks` tokens of its document, each once, at the positions
+ * that they have (Xiao et al. 2023, StreamingLLM, gives them positions within the cache instead). Softmax in float, keys in path order
+ * in blocks that stand at absolute depths, so that T <= PENDING with a State is row-invariant. Never materialises T x T.
+ * o, q (B,T,H,P)  k, v (B,T,G,P)  lse (B,H,T) = log sum exp, or NULL (not with sinks)  kcache, vcache (S,K,G,P) or NULL
  * With a cache this call's k and v are written to it after they have been read (the last K of pos .. pos+min(T, keep+PENDING)).
+ * With sinks, K > sinks + PENDING or no less than all tokens: entries 0 .. sinks are those of the first tokens, the other K - sinks
+ * take turns: position p >= sinks stands at sinks + (p - sinks) % (K - sinks).
  * rope.inv_freq not NULL, T <= FEW with a cache: q and k come as they are before rope_forward, which is done to them on the way (on a GPU
  * in the same launch); they hold anything afterwards.   position (B,T)  inv_freq (P/2) */
 typedef struct {
@@ -122,11 +126,11 @@ typedef struct {
   float scale;
 } Rope;
 void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q, real *k, const real *v, Rows rows, Rope rope,
-                       float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K);
+                       float scale, size_t window, size_t sinks, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K);
 /* Without a cache; prev[t] in {t-1, -2}. p = exp(scale * q.k - lse); dq, dk, dv =. */
 void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,
-                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H,
-                        size_t G, size_t P);
+                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t sinks, size_t B, size_t T,
+                        size_t H, size_t G, size_t P);
 
 /* ---- conv1d.c ----------------------------------------------------------------------------------------------------- */
 

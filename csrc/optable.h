@@ -51,17 +51,18 @@ ROW(rope_forward, "x:bthp position@:bt inv_freq%:q scale%?:1 -> y:bthp", "p=2*q"
     rope_forward(r(4), r(0), i32(1), f(2), num(3, 1), n['b'] * n['t'], n['h'], n['p']))
 ROW(rope_backward, "dy:bthp position@:bt inv_freq%:q scale%?:1 -> dx:bthp", "p=2*q", 0, "The transpose of rope_forward.",
     rope_backward(r(4), r(0), i32(1), f(2), num(3, 1), n['b'] * n['t'], n['h'], n['p']))
-ROW(attention_forward, "q:bthp k:btgp v:btgp kcache!?:slgp vcache!?:slgp window@?:1 scale%?:1 " STATEFUL " -> o:bthp lse%:bht",
+ROW(attention_forward, "q:bthp k:btgp v:btgp kcache!?:slgp vcache!?:slgp window@?:1 sinks@?:1 scale%?:1 " STATEFUL " -> o:bthp lse%:bht",
     "h%g", 0,
     "Causal GQA attention over the tokens on each token's path through prev and, with caches, those before pos.\n"
-    "window: 0 (none) or how many of the last tokens are seen; scale: default p^-1/2. lse = log sum exp of the scores.",
-    attention_forward(r(11), f(12), r(3), r(4), r(0), r(1), r(2), rows, (Rope){0}, num(6, 1 / sqrt((double)n['p'])),
-                           whole(5, 0), n['b'], n['t'], n['h'], n['g'], n['p'], n['l']))
+    "window: 0 (none) or how many of the last tokens are seen, and with them the first `sinks` (default 0; Xiao et al. 2023): these have\n"
+    "the caches' first entries to themselves. scale: default p^-1/2. lse = log sum exp of the scores.",
+    attention_forward(r(12), f(13), r(3), r(4), r(0), r(1), r(2), rows, (Rope){0}, num(7, 1 / sqrt((double)n['p'])),
+                           whole(5, 0), whole(6, 0), n['b'], n['t'], n['h'], n['g'], n['p'], n['l']))
 ROW(attention_backward,
-    "do:bthp q:bthp k:btgp v:btgp o:bthp lse%:bht window@?:1 scale%?:1 prev@?:bt -> dq:bthp dk:btgp dv:btgp", "h%g", 0,
+    "do:bthp q:bthp k:btgp v:btgp o:bthp lse%:bht window@?:1 sinks@?:1 scale%?:1 prev@?:bt -> dq:bthp dk:btgp dv:btgp", "h%g", 0,
     "Gradients of attention_forward without caches; o and lse are its outputs (Dao 2023).",
-    attention_backward(r(9), r(10), r(11), r(0), r(1), r(2), r(3), r(4), f(5), rows, num(7, 1 / sqrt((double)n['p'])),
-        whole(6, 0), n['b'], n['t'], n['h'], n['g'], n['p']))
+    attention_backward(r(10), r(11), r(12), r(0), r(1), r(2), r(3), r(4), f(5), rows, num(8, 1 / sqrt((double)n['p'])),
+        whole(6, 0), whole(7, 0), n['b'], n['t'], n['h'], n['g'], n['p']))
 ROW(conv1d_forward, "x:btx w%:dw bias%?:d cache!?:slx silu@?:1 block@?:1 " STATEFUL " -> y:btd", "d%x w>0", 0,
     "Causal depthwise convolution along prev, then SiLU (silu, default 1). d > x: blocks of `block` channels are repeated.",
     conv1d_forward(&(ConvPart){r(10), r(3), r(0), f(1), f(2), n['x'], n['d']}, 1, rows, (int)whole(4, 1), n['b'], n['t'],

@@ -63,7 +63,7 @@ static int read_float(PyObject *dict, const char *key, float *out) {
 static int kind_of(PyObject *name) {
   for (int i = 0; i < MIXERS; i++)
     if (PyUnicode_Check(name) && !PyUnicode_CompareWithASCIIString(name, MIXER[i].name)) return i;
-  PyErr_Format(PyExc_ValueError, "layer kind is %R, expected 'attention', 'mamba1' or 'mamba2'", name);
+  PyErr_Format(PyExc_ValueError, "layer kind is %R, expected 'attention', 'mamba1', 'mamba2', 'window' or 'identity'", name);
   return -1;
 }
 
@@ -372,19 +372,30 @@ static PyObject *model_kinds(PyObject *self, PyObject *none) {
   return list;
 }
 
+static PyObject *model_windows(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  PyObject *list = PyList_New((Py_ssize_t)m->c.layers);
+  for (size_t l = 0; list && l < m->c.layers; l++)
+    PyList_SET_ITEM(list, (Py_ssize_t)l, PyLong_FromSize_t(m->kind[l] == WINDOW ? m->window[l] : 0));
+  return Py_BuildValue("Nn", list, (Py_ssize_t)m->c.sinks); /* NULL if the list is */
+}
+
 static PyObject *model_convert_(PyObject *self, PyObject *args) {
   ModelObject *o = (ModelObject *)self;
   PyObject *name;
-  Py_ssize_t layer;
+  Py_ssize_t layer, window = 0, sinks = 0;
   int init;
   unsigned long long seed;
-  if (!PyArg_ParseTuple(args, "nUpK", &layer, &name, &init, &seed)) return NULL;
+  if (!PyArg_ParseTuple(args, "nUpK|nn", &layer, &name, &init, &seed, &window, &sinks)) return NULL;
   int kind = kind_of(name);
   if (kind < 0) return NULL;
   if (layer < 0 || (size_t)layer >= o->m.c.layers || o->m.kind[layer] != ATTENTION || kind == ATTENTION)
     return PyErr_Format(PyExc_ValueError, "layer %zd cannot become %U: it must be one of the model's attention layers", layer, name);
+  if (window < (kind == WINDOW) || sinks < 0)
+    return PyErr_Format(PyExc_ValueError, "a window is 1 or more tokens and sinks are 0 or more, got %zd and %zd", window, sinks);
   o->version++;
-  return finish("Model.convert", model_convert(&o->m, (size_t)layer, kind, init, seed));
+  return finish("Model.convert", model_convert(&o->m, (size_t)layer, kind, init, seed, (size_t)window, (size_t)sinks));
 }
 
 static PyObject *model_share_mixer_(PyObject *self, PyObject *args) {
@@ -394,8 +405,10 @@ static PyObject *model_share_mixer_(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "nO", &layer, &other)) return NULL;
   if (!PyObject_TypeCheck(other, model_type)) return PyErr_Format(PyExc_ValueError, "layers are shared between models of one backend only");
   const Model *m = &o->m, *from = &((ModelObject *)other)->m;
+  Config sizes = m->c;
+  if (layer >= 0 && (size_t)layer < from->c.layers && from->kind[layer] != WINDOW) sizes.sinks = from->c.sinks; /* of no meaning for it */
   int same = m->type == from->type;
-#define X(name) same = same && m->c.name == from->c.name;
+#define X(name) same = same && sizes.name == from->c.name;
   CONFIG_SIZES(X)
 #undef X
   if (!same) return PyErr_Format(PyExc_ValueError, "layers are shared between models of one size and dtype only");
@@ -710,6 +723,7 @@ static PyObject *model_round_(PyObject *self, PyObject *args) {
 static PyMethodDef model_methods[] = {
     {"names", model_names, METH_NOARGS, "names() -> {checkpoint name: shape}"},
     {"kinds", model_kinds, METH_NOARGS, "kinds() -> the layers' mixers, by name"},
+    {"windows", model_windows, METH_NOARGS, "windows() -> (the window of each window layer, 0 for the others; sinks)"},
     {"get", model_get, METH_O, "get(name) -> the parameter as float32"},
     {"raw", model_raw, METH_VARARGS,
      "raw(name, first=0, rows=-1) -> the parameter as stored: float32, or uint16 (the bits of bf16); rows < 0: all from `first` on"},
@@ -722,7 +736,7 @@ static PyMethodDef model_methods[] = {
     {"zero_grad", model_zero_grad, METH_NOARGS, "zero_grad()"},
     {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of all gradients"},
     {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on the trainable parameters"},
-    {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed)"},
+    {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed, window, sinks)"},
     {"share_mixer", model_share_mixer_, METH_VARARGS,
      "share_mixer(layer, model): the layer's mixer becomes that of the other model, shared until one of the two writes it"},
     {"randomize", model_randomize_, METH_VARARGS, "randomize(seed, std)"},

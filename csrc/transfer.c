@@ -1,4 +1,4 @@
-/* transfer.c - attention to Mamba: what is copied from where, and what starts fresh. Host work, once a conversion. */
+/* transfer.c - attention to other mixers: what is copied from where, and what starts fresh. Host work, once a conversion. */
 #include "model.h"
 
 /* What a Mamba layer takes from attention: v -> x, k -> B, q -> C, o -> out. `to` is the first row, in units below. */
@@ -36,7 +36,7 @@ static void fill_fresh(Param *p, size_t layer, uint64_t seed) {
   }
 }
 
-int model_convert(Model *m, size_t layer, int mixer, int init, uint64_t seed) {
+int model_convert(Model *m, size_t layer, int mixer, int init, uint64_t seed, size_t window, size_t sinks) {
   const size_t D = m->c.heads * m->c.head_dim, E = m->c.kv_heads * m->c.head_dim, first[] = {0, D, D + E, D + 2 * E};
   Param *p = m->layer[layer], old[4] = {{0}};
   for (int i = 0; i < 4; i++) { /* WQ WK WV WO: held while the attention goes */
@@ -45,6 +45,7 @@ int model_convert(Model *m, size_t layer, int mixer, int init, uint64_t seed) {
   }
   int failed = model_set_kind(m, layer, mixer);
   if (!failed) fill_fresh(p, layer, seed);
+  if (mixer == WINDOW) m->window[layer] = window, m->c.sinks = sinks;
   for (size_t i = 0; i < sizeof COPIES / sizeof *COPIES && !failed && init; i++) {
     if (COPIES[i].mixer != mixer) continue;
     Param *dst = p + COPIES[i].dst, *src = old + (COPIES[i].src - WQ);

@@ -201,13 +201,14 @@ static __global__ void attend_plain(Attention a) {
 
 /* ---- the op -------------------------------------------------------------------------------------------------------------- */
 
-/* Grid (min(T,K), 1, B): the last K of the tokens that may still be asked for. */
+/* Grid (min(T,K), 1, B): sinks, and the last of the other tokens that may still be asked for. */
 static __global__ void write_caches(Attention a) {
-  const int b = a.begin + blockIdx.z, end = a.rows.keep ? min(a.T, a.rows.keep[b] + PENDING) : a.T;
-  const int t = max(end - a.K, 0) + (int)blockIdx.x;
+  const int b = a.begin + blockIdx.z, end = a.rows.keep ? min(a.T, a.rows.keep[b] + PENDING) : a.T, base = base_of(a, b);
+  const int sinks = max(min(a.sinks - base, end), 0), nth = blockIdx.x;
+  const int t = nth < sinks ? nth : max(end - a.turns, sinks) + nth - sinks;
   if (t >= end) return;
   const int width = a.G * a.P;
-  const size_t to = ((size_t)slot_of(a, b) * a.K + (base_of(a, b) + t) % a.K) * width, from = key_at(a, b, t, 0);
+  const size_t to = ((size_t)slot_of(a, b) * a.K + entry_at(a, base + t)) * width, from = key_at(a, b, t, 0);
   const int whole = a.whole ? width / REALS_16 : 0;
   for (int i = threadIdx.x; i < whole; i += blockDim.x) {
     ((uint4 *)(a.kcache + to))[i] = ((const uint4 *)(a.k + from))[i];
@@ -218,19 +219,23 @@ static __global__ void write_caches(Attention a) {
 }
 
 void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q, real *k, const real *v, Rows rows, Rope rope,
-                       float scale, size_t window, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
+                       float scale, size_t window, size_t sinks, size_t B, size_t T, size_t H, size_t G, size_t P, size_t K) {
   if (!B || !T || !H || !G) return;
   Attention a = {};
   a.o = o, a.lse = lse, a.kcache = kcache, a.vcache = vcache, a.q = q, a.k = k, a.v = v, a.rows = rows;
-  a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30);
-  a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.K = kcache ? K : 0, a.rep = H / G;
+  a.scale = scale * LOG2E, a.window = clamp(window), a.sinks = window ? clamp(sinks) : 0;
+  a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.K = kcache ? K : 0, a.turns = a.K - a.sinks, a.rep = H / G;
   a.whole = P % REALS_16 == 0 && all_aligned({o, kcache, vcache, q, k, v});
   a.rope = rope;
-  if (kcache && T <= PENDING && attend_few_tokens(a)) return;
-  if (rope.inv_freq) {
+  auto rotate = [&] {
+    if (!a.rope.inv_freq) return;
     rope_forward(q, q, rope.position, rope.inv_freq, rope.scale, B * T, H, P);
     rope_forward(k, k, rope.position, rope.inv_freq, rope.scale, B * T, G, P);
-  }
+    a.rope.inv_freq = nullptr;
+  };
+  if (a.sinks) rotate(); /* few tokens are read again */
+  if (kcache && T <= PENDING && attend_few_tokens(a)) return attend_sinks(a);
+  rotate();
   if (rows.prev && !kcache) {
     /* 128 more: tiles may look behind T, at nothing that counts. */
     int32_t *starts = (int32_t *)device_scratch((B * T + 128) * sizeof *starts);
@@ -242,6 +247,7 @@ void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q,
     in_parts(a, [](const Attention &a, unsigned count) {
       LAUNCH(attend_plain, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a);
     });
+  attend_sinks(a);
   if (kcache)
     in_parts(a, [](const Attention &a, unsigned count) {
       LAUNCH(write_caches, dim3(std::min(a.T, a.K), 1, count), 128, 0, a);

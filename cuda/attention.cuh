@@ -282,6 +282,7 @@ struct Attention {
   float scale;
   int window, B, T, H, G, P, K, rep, stats_T, split, begin; /* begin: the first b of a launch */
   bool whole; /* rows of P are 16-byte aligned */
+  int sinks, turns; /* the first tokens, with entries of their own in the caches, and the other entries: K - sinks */
 };
 
 /* Where row b is in the caches; how many tokens stand before this call's. */
@@ -290,7 +291,8 @@ __device__ static inline int base_of(const Attention &a, int b) {
   return a.kcache && a.rows.pos ? a.rows.pos[slot_of(a, b)] : 0;
 }
 
-/* The first token that token t of a chain sees: those before 0 stand in the cache, which has the last K of them. */
+/* The first token that token t of a chain sees, sinks apart (attention_sinks.cu): those before 0 stand in the cache, which has the last
+ * K of them. */
 __device__ static inline int first_seen(const Attention &a, int b, int base, int t) {
   const int from = a.starts ? a.starts[(size_t)b * a.T + t] : -min(base, a.K);
   return a.window ? max(from, t + 1 - a.window) : from;
@@ -353,6 +355,11 @@ struct Keys {
 __device__ static inline Keys keys_of(const Attention &a, int b, int g, int base) {
   return {b, g, base, a.kcache ? slot_of(a, b) : 0, nullptr};
 }
+/* Where a position is in the cache. */
+__device__ static inline int entry_at(const Attention &a, int position) {
+  const int behind = position - a.sinks;
+  return a.sinks + (behind < 0 ? behind : behind % a.turns);
+}
 /* An entry of the cache; a token of this call; token t: cache and own are both of k or both of v. */
 __device__ static inline const real *entry_of(const Attention &a, const Keys &keys, const real *cache, int entry) {
   return cache + (((size_t)keys.slot * a.K + entry) * a.G + keys.g) * a.P;
@@ -361,7 +368,7 @@ __device__ static inline const real *token_of(const Attention &a, const Keys &ke
   return own + key_at(a, keys.b, t, keys.g);
 }
 __device__ static inline const real *key_of(const Attention &a, const Keys &keys, const real *cache, const real *own, int t) {
-  return t < 0 ? entry_of(a, keys, cache, (keys.base + t) % a.K) : token_of(a, keys, own, keys.path ? keys.path[t] : t);
+  return t < 0 ? entry_of(a, keys, cache, entry_at(a, keys.base + t)) : token_of(a, keys, own, keys.path ? keys.path[t] : t);
 }
 
 /* The tile of tokens t .. t+ROWS of an array that is partly in cache, partly own, zero outside low .. high: mostly rows in a
@@ -369,7 +376,7 @@ __device__ static inline const real *key_of(const Attention &a, const Keys &keys
 template <class Layout, int ROWS, int THREADS, bool VALUES>
 __device__ static inline void load_keys(real *tile, real *values, const Attention &a, const Keys &keys, const real *cache,
                                         const real *own, int t, int low, int high) {
-  const int stride = a.G * a.P, entry = t < 0 ? (keys.base + t) % a.K : 0, from = low - t, to = high - t;
+  const int stride = a.G * a.P, entry = t < 0 ? entry_at(a, keys.base + t) : 0, from = low - t, to = high - t;
   const bool cached = t + ROWS <= 0 && entry + ROWS <= a.K;
   if (cached || (t >= 0 && !keys.path)) {
     const real *run = cached ? entry_of(a, keys, cache, entry) : token_of(a, keys, own, t);
@@ -474,6 +481,11 @@ void find_starts(int32_t *starts, const int32_t *prev, size_t B, size_t T);
 /* attention_few.cu: T <= PENDING with caches, which it writes; false: the head is too large. */
 bool attend_few_tokens(const Attention &a);
 
+/* attention_sinks.cu: o and lse of what the tokens' windows hold take up the sinks before them; likewise dq, dk, dv, given stats. Rows
+ * of q and k are rotated. Without sinks nothing is done. */
+void attend_sinks(const Attention &a);
+void add_gradients_of_sinks(const Attention &a);
+
 /* attention_hopper.cu: many tokens by products of warpgroups; false: not this card, type or shape. */
 bool attend_on_hopper(const Attention &a);
 /* The gradients likewise, given stats and parts. backward_split: in how many parts dk and dv come; 0: not here. */
@@ -497,5 +509,6 @@ static inline bool all_aligned(std::initializer_list<const void *> pointers) {
   for (const void *p : pointers) bits |= (uintptr_t)p;
   return !(bits & 15);
 }
+static inline int clamp(size_t tokens) { return (int)std::min<size_t>(tokens, 1 << 30); }
 static inline size_t round_16(size_t bytes) { return (bytes + 15) & ~(size_t)15; }
 #endif

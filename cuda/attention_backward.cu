@@ -193,12 +193,12 @@ template <int PD> static bool run_backward(const Attention &a) {
 }
 
 void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k, const real *v,
-                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t B, size_t T, size_t H,
-                        size_t G, size_t P) {
+                        const real *o, const float *lse, Rows rows, float scale, size_t window, size_t sinks, size_t B, size_t T,
+                        size_t H, size_t G, size_t P) {
   if (!B || !T || !H || !G) return;
   Attention a = {};
   a.o = (real *)o, a.dq = dq, a.dk = dk, a.dv = dv, a.lse = (float *)lse, a.q = q, a.k = k, a.v = v, a.dout = dout;
-  a.rows = rows, a.scale = scale * LOG2E, a.window = (int)std::min<size_t>(window, 1 << 30);
+  a.rows = rows, a.scale = scale * LOG2E, a.window = clamp(window), a.sinks = window ? clamp(sinks) : 0;
   a.B = B, a.T = T, a.H = H, a.G = G, a.P = P, a.rep = H / G;
   a.whole = P % REALS_16 == 0 && all_aligned({dq, dk, dv, dout, q, k, v, o});
   a.stats_T = (int)ceil_div(T, 128) * 128;
@@ -216,10 +216,12 @@ void attention_backward(real *dq, real *dk, real *dv, const real *dout, const re
     a.starts = (int32_t *)scratch;
   }
   LAUNCH(find_stats, ceil_div(rows_of_stats * 8, 256), 256, 0, a);
-  if (a.split) return backward_on_hopper(a);
-  if (padded(P, [&](auto width) { return run_backward<width>(a); })) return;
-  in_parts(a, [](const Attention &a, unsigned count) {
-    LAUNCH(backward_plain<true>, dim3(a.T, a.G, count), 128, 2 * a.P * sizeof(float), a);
-    LAUNCH(backward_plain<false>, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a);
-  });
+  if (a.split)
+    backward_on_hopper(a);
+  else if (!padded(P, [&](auto width) { return run_backward<width>(a); }))
+    in_parts(a, [](const Attention &a, unsigned count) {
+      LAUNCH(backward_plain<true>, dim3(a.T, a.G, count), 128, 2 * a.P * sizeof(float), a);
+      LAUNCH(backward_plain<false>, dim3(a.T, a.H, count), 128, a.P * sizeof(float), a);
+    });
+  add_gradients_of_sinks(a);
 }

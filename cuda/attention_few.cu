@@ -212,7 +212,7 @@ __device__ static inline void rotate_keys(real *tile, const Attention &a, const 
 
 /* Token t of group g to the caches, when everything that reads them is over. */
 __device__ static inline void write_token(const Attention &a, int b, int g, int base, int t) {
-  const size_t entry = (((size_t)slot_of(a, b) * a.K + (base + t) % a.K) * a.G + g) * a.P, mine = key_at(a, b, t, g);
+  const size_t entry = (((size_t)slot_of(a, b) * a.K + entry_at(a, base + t)) * a.G + g) * a.P, mine = key_at(a, b, t, g);
   const int half = a.P / 2;
   for (int c = threadIdx.x; c < a.P; c += blockDim.x) {
     a.vcache[entry + c] = a.v[mine + c];

@@ -45,7 +45,7 @@ def shapes(arch):
     mamba2 = {"in_proj.weight": (2 * D + 2 * E + H, C), "conv1d.weight": (D + 2 * E, 1, W), "conv1d.bias": (D + 2 * E,),
               "dt_bias": (H,), "A_log": (H,), "D": (H,), "norm.weight": (D,), "out_proj.weight": (C, D)}
     mixers = {"attention": attention, "mamba1": {f"mamba.{key}": shape for key, shape in mamba1.items()},
-              "mamba2": {f"mamba.{key}": shape for key, shape in mamba2.items()}}
+              "mamba2": {f"mamba.{key}": shape for key, shape in mamba2.items()}, "window": attention, "identity": {}}
     out = {EMBED: (arch["vocab"], C)}
     for i, kind in enumerate(arch["kinds"]):
         out |= {f"model.layers.{i}.{key}": shape for key, shape in (every | mixers[kind]).items()}
@@ -65,7 +65,8 @@ def training_names(weights, arch):
                           "mha.out_proj": {"self_attn.o_proj": arch["width"]}},
             "mamba1": {"mamba.in_proj": {"mamba.in_proj_z": D, "mamba.in_proj_x": E, "mamba.B_proj": E, "mamba.C_proj": D,
                                          "mamba.dt_proj_down": arch["dt_rank"]}},
-            "mamba2": {}}
+            "mamba2": {}, "identity": {}}
+    rows["window"] = rows["attention"]
     out, unexpected, expected = Weights(weights.where), [], shapes(arch)
     for name in weights:
         layer, key, form = _split(name)

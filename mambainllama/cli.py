@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .config import said
+from .config import MIXERS, said
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")  # options of what is generated
 
@@ -68,14 +68,18 @@ def _parser():
 
     p = command("convert", _convert, "Replace attention layers by Mamba mixers that start as the attention's own.", """\
   mambainllama convert Llama-3.2-1B-Instruct hybrid --attention 0.5
-  mambainllama convert teacher hybrid --mamba-layers 0,2,4 --mixer mamba1 --init random""")
+  mambainllama convert teacher hybrid --mamba-layers 0,2,4 --mixer mamba1 --init random
+  mambainllama convert teacher baseline --attention 0.5 --mixer window --window 128 --sinks 4""")
     device_and_dtype(p)
     p.add_argument("teacher", help="folder of the teacher")
     p.add_argument("out", type=_folder, help="folder to write")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--attention", type=float, metavar="SHARE", help="share of layers to keep: 0.5, 0.25, 0.125 or 0")
     which.add_argument("--mamba-layers", type=_numbers, metavar="I,J,...", help="the layers to replace, from 0")
-    p.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba2", help="(default: mamba2)")
+    p.add_argument("--mixer", choices=MIXERS, default="mamba2",
+                   help="window: the attention, to the last tokens and the first; identity: nothing (default: mamba2)")
+    p.add_argument("--window", type=int, metavar="N", help="for --mixer window: the last tokens that are seen (default: 128)")
+    p.add_argument("--sinks", type=int, metavar="N", help="for --mixer window: the first tokens, seen as well (default: 4)")
     p.add_argument("--init", choices=["attention", "identity", "calibrated", "random"], default="attention",
                    help="attention: its projections; identity: these, and convolutions that pass their input on; calibrated: these, and decays, "
                         "gates and scales from what attention does on --data (default: attention)")
@@ -272,7 +276,8 @@ def _convert(args):
     import mambainllama as mil
     teacher = _load(args.teacher, args)
     chosen = {"attention": args.attention} if args.mamba_layers is None else {"mamba_layers": args.mamba_layers}
-    student = mil.convert(teacher, mixer=args.mixer, init=args.init, seed=args.seed, data=args.data, **chosen)
+    student = mil.convert(teacher, mixer=args.mixer, init=args.init, seed=args.seed, data=args.data, window=args.window, sinks=args.sinks,
+                          **chosen)
     mil.save(student, args.out)
     _note(f"{args.out}: {_kinds(student)}")
 
@@ -495,6 +500,8 @@ def _info(args):
     if args.json:
         return print(json.dumps(found))
     layers = "; ".join(f"{len(numbers)} {kind} ({', '.join(map(str, numbers))})" for kind, numbers in found["layers"].items())
+    if found["windows"]:
+        layers += f"; windows of {', '.join(map(str, dict.fromkeys(found['windows'])))} tokens and {found['sinks']} sinks"
     stops = ", ".join(map(str, found["stop_tokens"])) or "none"
     lines = {
         "architecture": f"{found['architecture']}, {sum(map(len, found['layers'].values()))} layers: {layers}",

@@ -13,7 +13,9 @@ import numpy as np
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-MIXERS = ("mamba1", "mamba2")
+MAMBAS = ("mamba1", "mamba2")
+MIXERS = (*MAMBAS, "window", "identity")  # what a layer can have instead of attention
+WINDOW, SINKS = 128, 4    # tokens that window layers see, unless somebody says otherwise
 CONV, SCAN_STATE = 4, 16  # every conv's width; Mamba-1's N
 LARGEST = 1 << 24         # of any one size: keeps products of three within 64 bits
 MOST_LAYERS = 10_000
@@ -90,17 +92,19 @@ def architecture(config, mamba=None, mixer=None):
 
     vocab width layers heads kv_heads head_dim mlp inner (= heads·head_dim): ints; eps norm_eps rope_scale: floats
     tied qkv_bias o_bias mlp_bias qk_norm dt_bias_twice: 0 or 1
-    kinds: one of "attention", "mamba1", "mamba2" a layer; window: the last so many tokens a layer attends to, 0: all
-    d_state conv dt_rank: of the first mixer kind that the model has (0 without any); inv_freq: float32 (head_dim/2,)
+    kinds: "attention" or one of MIXERS a layer; window: the last so many tokens a layer attends to, 0: all
+    sinks: the first so many, which "window" layers attend to as well, 0 without such a layer
+    d_state conv dt_rank: of the first Mamba kind that the model has (0 without any); inv_freq: float32 (head_dim/2,)
 
     config, mamba: the dicts of config.json and mamba_config.json. mixer: "mamba1" or "mamba2" where mamba_config.json does not
-    say ("mixers", else `ngroups` in ssm_cfg: Mamba-2, else Mamba-1). ValueError, one sentence, for what is missing, of the
+    say ("mixers", else `ngroups` in ssm_cfg: Mamba-2, else Mamba-1). Its "window" is a number a layer and its "sinks" one number,
+    both only where "mixers" has "window". ValueError, one sentence, for what is missing, of the
     wrong type, contradictory or not supported."""
     for name, value in (("config.json", config), ('mamba_config.json (in a dict of both, "mamba")', mamba)):
         if not isinstance(value, dict) and (value is not None or name == "config.json"):
             raise ValueError(f"{name} must be a dict, not {show(value)}")
-    if mixer not in (None, *MIXERS):
-        raise ValueError(f"the mixer {show(mixer)} is unknown, expected one of {', '.join(MIXERS)}")
+    if mixer not in (None, *MAMBAS):
+        raise ValueError(f"the mixer {show(mixer)} is unknown, expected one of {', '.join(MAMBAS)}")
     family = _family(config)
     layers = _integer(config, "num_hidden_layers", high=MOST_LAYERS)
     width, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
@@ -114,16 +118,16 @@ def architecture(config, mamba=None, mixer=None):
         raise ValueError(f"config.json: hidden_act is {show(act)}, expected 'silu'")
     bias = family in ("llama", "qwen3") and _flag(config, "attention_bias", False)
     kinds = _kinds(mamba, layers, mixer)
-    windows = _windows(config, family, layers)
+    windows, (own, sinks) = _windows(config, family, layers), _own_windows(mamba, kinds)
     arch = {
         "vocab": _integer(config, "vocab_size"), "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads,
         "head_dim": head_dim, "mlp": _integer(config, "intermediate_size"), "inner": heads * head_dim,
         "eps": _number(config, "rms_norm_eps", 1e-6, high=1.0), "tied": int(_flag(config, "tie_word_embeddings", False)),
         "qkv_bias": int(bias or family == "qwen2"), "o_bias": int(bias), "qk_norm": int(family == "qwen3"),
         "mlp_bias": int(family == "llama" and _flag(config, "mlp_bias", False)),
-        "kinds": kinds, "window": [w if kind == "attention" else 0 for w, kind in zip(windows, kinds)],
+        "kinds": kinds, "window": [w if kind == "attention" else o for w, o, kind in zip(windows, own, kinds)], "sinks": sinks,
     }
-    first = next((kind for kind in kinds if kind != "attention"), None)
+    first = next((kind for kind in kinds if kind in MAMBAS), None)
     arch["d_state"] = {None: 0, "mamba1": SCAN_STATE, "mamba2": head_dim}[first]
     arch["conv"] = CONV if first else 0
     arch["dt_rank"] = -(-width // 16) if "mamba1" in kinds else 0
@@ -137,19 +141,24 @@ def architecture(config, mamba=None, mixer=None):
 
 
 def mamba_config(config, kinds, mamba=None):
-    """What mamba_config.json says of a model whose layers are `kinds`: the fields that the original reads, and those of
-    mamba's flags (attn_rope, dt_bias_twice, norm_eps) that are not the defaults; "mixers" only if both mixers occur."""
+    """What mamba_config.json says of a model whose layers are `kinds`: the fields that the original reads, those of mamba's flags
+    (attn_rope, dt_bias_twice, norm_eps) that are not the defaults; "mixers" only if one Mamba mixer is not all that there is, and with a
+    window layer "window" and "sinks", mamba's or WINDOW and SINKS."""
     arch = architecture(config)
     mixers = sorted({kind for kind in kinds if kind != "attention"})
-    second = {"ngroups": arch["heads"], "d_state": arch["head_dim"]} if mixers == ["mamba2"] else {}
+    mambas = [kind for kind in mixers if kind in MAMBAS]
+    second = {"ngroups": arch["heads"], "d_state": arch["head_dim"]} if mambas == ["mamba2"] else {}
     out = {
         "d_model": arch["width"], "ssm_cfg": {"expand": 1, **second}, "rms_norm_eps": arch["eps"], "vocab_size": None,
         "d_inner": arch["inner"], "d_xb": arch["kv_heads"] * arch["head_dim"], "intermediate_size": arch["mlp"],
         "hidden_act": "silu", "n_layer": arch["layers"],
         "attn_layers": [i for i, kind in enumerate(kinds) if kind == "attention"],
     }
-    if len(mixers) > 1:
+    if len(mixers) > 1 or mixers != mambas:
         out["mixers"] = list(kinds)
+    if "window" in kinds:
+        usual = {"window": [WINDOW if kind == "window" else 0 for kind in kinds], "sinks": SINKS}
+        out |= {key: (mamba or {}).get(key, value) for key, value in usual.items()}
     defaults = {"attn_rope": "hf", "dt_bias_twice": True, "norm_eps": 1e-5}
     return out | {key: mamba[key] for key, value in defaults.items() if mamba and mamba.get(key, value) != value}
 
@@ -339,9 +348,21 @@ def _kinds(mamba, layers, mixer):
         return ["attention" if i in set(attention) else other for i in range(layers)]
     if not isinstance(named, list) or len(named) != layers or any(
             (kind != "attention" if i in attention else kind not in MIXERS) for i, kind in enumerate(named)):
-        raise ValueError(f"{where}: mixers is {show(named)}, expected attention, mamba1 or mamba2 for each of {layers} layers, "
+        raise ValueError(f"{where}: mixers is {show(named)}, expected one of attention, {', '.join(MIXERS)} for each of {layers} layers, "
                          f"attention where attn_layers {show(attention)} has it")
     return list(named)
+
+
+def _own_windows(mamba, kinds):
+    """(window of each "window" layer, 0 for the others; sinks)"""
+    if "window" not in kinds:
+        return [0] * len(kinds), 0
+    windows, where = mamba.get("window"), "mamba_config.json"
+    if not isinstance(windows, list) or len(windows) != len(kinds) or not all(
+            type(w) is int and (0 < w <= LARGEST if kind == "window" else w == 0) for w, kind in zip(windows, kinds)):
+        raise ValueError(f"{where}: window is {show(windows)}, expected the tokens that each of {len(kinds)} layers sees, "
+                         "0 where mixers does not have window")
+    return windows, _integer(mamba, "sinks", low=0, where=where)
 
 
 def _ssm_cfg(mamba):
@@ -374,7 +395,7 @@ def _check_mamba(mamba, config, arch):
     if "mamba2" in kinds:
         settings |= {"ngroups": arch["heads"], "d_state": arch["head_dim"], "headdim": arch["head_dim"], "rmsnorm": True,
                      "norm_before_gate": False, "D_has_hdim": False}
-    if MIXERS[0] in kinds and MIXERS[1] in kinds:
+    if kinds.issuperset(MAMBAS):
         settings.pop("d_state")  # each has its own
     for key, expected in settings.items():
         allowed = expected if isinstance(expected, tuple) else (expected,)

@@ -1,10 +1,10 @@
-"""Attention layers become Mamba mixers: which ones, and the copy of a teacher that shares everything it has not changed."""
+"""Attention layers become other mixers: which ones, and the copy of a teacher that shares everything it has not changed."""
 import copy
 
 import numpy as np
 
 from .calibrate import LENGTH, calibrate, sample
-from .config import architecture
+from .config import LARGEST, MAMBAS, MIXERS, SINKS, WINDOW, architecture
 from .data import Batches, read
 from .parity import parity
 
@@ -34,21 +34,26 @@ def _layers(values, total):
     return sorted(int(layer) for layer in layers)
 
 
-def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, check=True, data=None):
-    """Changes `student` in place: each of `layers`, attention now, becomes `mixer` ("mamba1" | "mamba2").
+def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, check=True, data=None, window=None, sinks=None):
+    """Changes `student` in place: each of `layers`, attention now, becomes `mixer`: "mamba1", "mamba2", or what they are measured by:
 
-    init "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "identity": so too, but the convolution starts as
-    the identity and leaves what was copied in step, k with q; "calibrated": identity, and decays, gates, Delta and scale from what attention
-    does on `data`, Batches (calibrate.py); "random": all of the mixer fresh. The same seed gives the same bits.
-    Norms and MLP stay. check: the conversion is first done on a copy, which has to pass `parity` (not for init "random").
+    "window": the attention as it is, but a token sees only the last `window` tokens and its document's first `sinks` (Xiao et al. 2023);
+    its memory is bounded. Defaults: those of the student's window layers, else 128 and 4; sinks are one number for all of a model's layers.
+    "identity": nothing is added, and the layer keeps its MLP alone.
+
+    init, of Mamba: "attention": x ← v, B ← k, C ← q, out ← o, byte for byte, the rest fresh; "identity": so too, but the convolution
+    starts as the identity and leaves what was copied in step, k with q; "calibrated": identity, and decays, gates, Delta and scale from what
+    attention does on `data`, Batches (calibrate.py); "random": all of the mixer fresh. The same seed gives the same bits.
+    Norms and MLP stay. check: the conversion is first done on a copy, which has to pass `parity` (Mamba, and not init "random").
     ValueError, `student` untouched: not an attention layer, unknown mixer or init, Mamba-1 where head_dim does not divide into
-    blocks of 16, a copy that fails.
+    blocks of 16, a copy that fails, a window below 1, other sinks than the student has already, either for another mixer.
     """
-    if mixer not in ("mamba1", "mamba2"):
-        raise ValueError(f"mixer is {mixer!r}, expected 'mamba1' or 'mamba2'")
+    if mixer not in MIXERS:
+        raise ValueError(f"mixer is {mixer!r}, expected one of {', '.join(map(repr, MIXERS))}")
     if init not in INITS:
         raise ValueError(f"init is {init!r}, expected one of {', '.join(map(repr, INITS))}")
-    if init == "calibrated" and not isinstance(data, Batches):
+    seen, mamba = _window(student, mixer, window, sinks), mixer in MAMBAS
+    if mamba and init == "calibrated" and not isinstance(data, Batches):
         raise ValueError("init 'calibrated' needs data to calibrate on: rows of chats, text or ids")
     layers = _layers(layers, len(student.layer_kinds))
     for layer in layers:
@@ -57,13 +62,13 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, ch
     sizes = architecture(student.config)
     if mixer == "mamba1" and layers and (width := sizes["kv_heads"] * sizes["head_dim"]) % 16:
         raise ValueError(f"Mamba-1 reads its input in blocks of 16 channels: kv heads x head_dim = {width} must be a multiple of 16")
-    if check and layers and init != "random":
+    if mamba and check and layers and init != "random":
         _gate(student, layers, sizes, mixer, seed)
-    before = _clone(student) if init == "calibrated" else None
+    before = _clone(student) if mamba and init == "calibrated" else None
     for layer in layers:
-        student.c.convert(layer, mixer, init != "random", int(seed) & (2**64 - 1))
+        student.c.convert(layer, mixer, init != "random", int(seed) & (2**64 - 1), *seen)
     student._names = None
-    for layer in layers if init in ("identity", "calibrated") else ():
+    for layer in layers if mamba and init in ("identity", "calibrated") else ():
         conv = f"model.layers.{layer}.mamba.conv1d"
         weight = np.zeros(student.names[f"{conv}.weight"], np.float32)
         weight[..., -1] = 1
@@ -83,7 +88,26 @@ def restore_layers(student, layers, source):
     student._names = None
 
 
-def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None, check=True, data=None):
+def _window(student, mixer, window, sinks):
+    """(window, sinks) of a conversion, (0, 0) where the mixer has none."""
+    if mixer != "window":
+        if window is not None or sinks is not None:
+            raise ValueError(f"window and sinks go with mixer 'window', not with {mixer!r}")
+        return 0, 0
+    windows, own = student.c.windows()
+    have = any(windows)
+    window = next(filter(None, windows), WINDOW) if window is None else window
+    sinks = own if sinks is None and have else SINKS if sinks is None else sinks
+    for name, value, low in (("window", window, 1), ("sinks", sinks, 0)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= LARGEST:
+            raise ValueError(f"{name} is {value!r}, expected a number of tokens from {low} to {LARGEST}")
+    if have and sinks != own:
+        raise ValueError(f"sinks is {sinks}, and the model has window layers with {own}: all have the same")
+    return int(window), int(sinks)
+
+
+def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0, attention=None, check=True, data=None, window=None,
+            sinks=None):
     """A student: `teacher` with some attention layers replaced; what is not replaced is shared until one of the two changes it.
 
     mamba_layers: the layers to replace, or attention=0.5 | 0.25 | 0.125 | 0: the share of layers that keep attention, placed
@@ -100,7 +124,7 @@ def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0
     student = _clone(teacher)
     if data is not None:
         data = Batches(read(data, teacher.tokenizer, teacher.config["vocab_size"]), LENGTH, 1, seed)
-    convert_layers(student, mamba_layers, mixer, init, seed, check, data)
+    convert_layers(student, mamba_layers, mixer, init, seed, check, data, window, sinks)
     return student
 
 

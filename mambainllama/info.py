@@ -12,12 +12,14 @@ def describe(folder):
     """A dict of plain values, as `mambainllama info --json` prints it:
 
     architecture              config.json's model_type
-    layers                    {"attention" | "mamba1" | "mamba2": layer numbers}
+    layers                    {"attention" | "mamba1" | "mamba2" | "window" | "identity": layer numbers}
     parameters                how many numbers the weights hold, a tied lm_head once
     bytes                     {"F32" | "BF16" | "F16": bytes of the tensors stored so}
     kv_bytes_per_token        K and V rows of all attention layers, float32
-    window                    None, or the tokens that a layer keeps K and V of where that is bounded
-    state_bytes_per_sequence  SSM states and conv windows of all Mamba layers, float32, whatever the length
+    window                    None, or the tokens that an attention layer keeps K and V of where that is bounded
+    state_bytes_per_sequence  SSM states and conv windows of all Mamba layers, K and V of all window layers (of a window and the sinks
+                              each), float32, whatever the length
+    windows, sinks            tokens that window layers see: the last so many, one number a window layer, and the first so many
     vocab_size, stop_tokens
     chat_template             None: no tokenizer; else whether it has a template
     files                     {name: bytes}
@@ -37,6 +39,7 @@ def describe(folder):
     return {
         "architecture": config.get("model_type", config.get("architectures")), "layers": layers,
         "parameters": sum(prod(array.shape) for array in tensors.values()), "bytes": stored, **memory(arch),
+        "windows": [arch["window"][i] for i in layers.get("window", [])], "sinks": arch["sinks"],
         "vocab_size": arch["vocab"], "stop_tokens": stop_tokens(folder),
         "chat_template": tokenizer and tokenizer._template is not None,
         "files": {name: size for name, size in sorted((e.name, e.stat().st_size) for e in os.scandir(folder) if e.is_file())},
@@ -48,10 +51,15 @@ def memory(arch, real=4):
     arch: config.architecture's dict; real: bytes of an activation, 4 on the CPU. SSM states are float32 everywhere."""
     D, P, E = arch["inner"], arch["head_dim"], arch["kv_heads"] * arch["head_dim"]
     before = arch["conv"] - 1  # inputs that the conv looks back at
-    state = {"attention": 0, "mamba1": 4 * D * 16 + real * before * E, "mamba2": 4 * D * P + real * before * (D + 2 * E)}
+    layers = list(zip(arch["kinds"], arch["window"]))
+
+    def state(kind, window):
+        return {"attention": 0, "mamba1": 4 * D * 16 + real * before * E, "mamba2": 4 * D * P + real * before * (D + 2 * E),
+                "window": 2 * E * real * (arch["sinks"] + window), "identity": 0}[kind]
     return {
-        "kv_bytes_per_token": 2 * E * real * arch["kinds"].count("attention"), "window": max(arch["window"]) or None,
-        "state_bytes_per_sequence": sum(state[kind] for kind in arch["kinds"]),
+        "kv_bytes_per_token": 2 * E * real * arch["kinds"].count("attention"),
+        "window": max((window for kind, window in layers if kind == "attention"), default=0) or None,
+        "state_bytes_per_sequence": sum(state(*layer) for layer in layers),
     }
 
 

@@ -103,7 +103,7 @@ def _cached(teacher, shape):
 
 
 class Model:
-    """A decoder whose layers are attention, Mamba-1 or Mamba-2 mixers.
+    """A decoder whose layers are attention, Mamba-1 or Mamba-2 mixers, attention in a window with sinks, or add nothing but their MLP.
 
     config: config.json's dict.  mamba: mamba_config.json's dict, None for a Transformer.
     dtype: "float32" | "bfloat16" of the matrices; everything else is float32.
@@ -127,7 +127,7 @@ class Model:
 
     @property
     def layer_kinds(self):
-        """["attention", "mamba2", …], one a layer."""
+        """["attention", "mamba2", …], one a layer: "attention", "mamba1", "mamba2", "window" or "identity"."""
         return self.c.kinds()
 
     @property
@@ -136,7 +136,8 @@ class Model:
         kinds = self.layer_kinds
         if all(kind == "attention" for kind in kinds):
             return None
-        return mamba_config(self.config, kinds, self._mamba_config)
+        windows, sinks = self.c.windows()
+        return mamba_config(self.config, kinds, {**(self._mamba_config or {}), "window": windows, "sinks": sinks})
 
     @property
     def names(self):

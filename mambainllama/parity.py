@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from . import backend
-from .config import SCAN_STATE, architecture
+from .config import MAMBAS, SCAN_STATE, architecture
 
 TOLERANCE = 1e-4
 EPS, TINY = 2.0**80, 2.0**-60
@@ -42,7 +42,7 @@ def parity(student, teacher, ids, layers=None):
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size or ids.min() < 0 or ids.max() >= sizes["vocab"]:
         raise ValueError(f"parity: ids must be an array (batch, tokens) of numbers from 0 to {sizes['vocab'] - 1}")
     kinds = student.layer_kinds
-    converted = [i for i, pair in enumerate(zip(kinds, teacher.layer_kinds)) if pair[0] != "attention" == pair[1]]
+    converted = [i for i, pair in enumerate(zip(kinds, teacher.layer_kinds)) if pair[0] in MAMBAS and pair[1] == "attention"]
     if layers is None:
         layers = converted
     elif other := [layer for layer in layers if layer not in converted]:

@@ -6,7 +6,7 @@
   out: run                             # folder; a part has one in it, NUMBER-NAME
   config: {…}                          # config.json's values of `start`, and parameters of the teacher, for a dry run without the folders
   run:                                 # the parts, each a mapping of one name
-    - convert: {attention: 0.5}        # or mamba_layers; mixer, init, seed, data: as mil.convert. Stages of a training part convert too
+    - convert: {attention: 0.5}        # or mamba_layers; mixer, window, init, data …: as mil.convert. Stages of a training part convert too
     - answer: {data: prompts.jsonl, max_new_tokens: 512}     # the teacher's answers (mil.answer): data of the parts after it that name none
     - distill: {data: chats.jsonl, stages: […], …}           # as mil.distill: a recipe, and its data
     - sft: {data: chats.jsonl, epochs: 1, …}                 # as mil.sft; train: as mil.train
@@ -36,7 +36,7 @@ from .weights import replacing, writing
 RECIPES = Path(__file__).parent / "recipes"
 TOP = ("teacher", "start", "device", "dtype", "out", "config", "run")
 TRAINING = {"distill": {}, "train": {"kl": 0.0, "ce": 1.0}, "sft": {"kl": 0.0, "ce": 1.0}, "dpo": {"kl": 0.0, "ce": 1.0}}  # their defaults
-OTHER = {"convert": ("data", "attention", "mamba_layers", "mixer", "init", "seed"),
+OTHER = {"convert": ("data", "attention", "mamba_layers", "mixer", "window", "sinks", "init", "seed"),
          "answer": ("data", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "batch")}
 SPEED = 600e12   # FLOP/s that distillation at Llama-3-8B's shape reaches on an H200 (benchmarks/train.py)
 SAMPLES, SAMPLE_TOKENS = 4, 96

@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 
+from .config import MIXERS
 from .convert import INITS
 
 DEFAULTS = {
@@ -40,7 +41,7 @@ DEFAULTS = {
     "eval_every": 200,        # steps
     "eval_data": None,        # held-out rows, or where they are, as data.py says
     "guard": None,            # train, sft, dpo: {"limit": 0.1, …} ends a run in which recall falls by more (recall.py; … its arguments)
-    "mixer": None,            # "mamba1" | "mamba2" of converted layers; null: the student's kind, or mamba2
+    "mixer": None,            # "mamba1" | "mamba2" | "window" | "identity" of converted layers; null: the student's kind, or mamba2
     "init": "attention",      # of converted layers: "attention" | "identity" | "calibrated" | "random", as convert_layers says
 }
 
@@ -232,6 +233,6 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path, a list of paths or a list of rows"),
     "guard": (_guard, f"null or a mapping of limit, from 0 to 1, and of arguments of recall: {', '.join(GUARD)}"),
     "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
-    "mixer": _choice(None, "mamba1", "mamba2"), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
+    "mixer": _choice(None, *MIXERS), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
 }

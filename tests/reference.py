@@ -66,15 +66,24 @@ def path(prev, t):
     return steps[::-1], t == -1
 
 
-def past(cache, slot, pos):
-    """The entries of the last K tokens before pos, oldest first: a token at position i stands at i modulo K."""
-    K = cache.shape[1]
-    return cache[slot, [i % K for i in range(max(0, pos - K), pos)]]
+def entry(cache, position, sinks=0):
+    """Where a token stands: the first `sinks` positions have entries of their own, the others take turns in those behind."""
+    return position if position < sinks else sinks + (position - sinks) % (cache.shape[1] - sinks)
 
 
-def write(cache, slot, pos, values):
+def kept(cache, pos, sinks=0):
+    """The positions before pos that have an entry: the first `sinks`, and the last of the others."""
+    return [i for i in range(pos) if i < sinks or i >= pos - (cache.shape[1] - sinks)]
+
+
+def past(cache, slot, pos, sinks=0):
+    """The entries of these positions, oldest first."""
+    return cache[slot, [entry(cache, i, sinks) for i in kept(cache, pos, sinks)]]
+
+
+def write(cache, slot, pos, values, sinks=0):
     for t, value in enumerate(values):
-        cache[slot, (pos + t) % cache.shape[1]] = value
+        cache[slot, entry(cache, pos + t, sinks)] = value
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------------
@@ -125,8 +134,8 @@ def rope(x, position, inv_freq, scale=1.0):
     return scale * np.concatenate([first * np.cos(a) - second * np.sin(a), second * np.cos(a) + first * np.sin(a)], -1)
 
 
-def attention(q, k, v, kcache=None, vcache=None, window=0, scale=None, slot=None, keep=None, prev=None, pos=None):
-    """o[t] = softmax(scale q[t] . k[j]) v[j] over j on t's path, window > 0: the last `window` of it.
+def attention(q, k, v, kcache=None, vcache=None, window=0, sinks=0, scale=None, slot=None, keep=None, prev=None, pos=None):
+    """o[t] = softmax(scale q[t] . k[j]) v[j] over j on t's path, window > 0: the first `sinks` and the last `window` of it.
 
     q (B,T,H,P)  k, v (B,T,G,P)  kcache, vcache (S,K,G,P)  ->  o (B,T,H,P), lse (B,H,T), kcache, vcache
     """
@@ -134,7 +143,7 @@ def attention(q, k, v, kcache=None, vcache=None, window=0, scale=None, slot=None
     (B, T, H, P), G = q.shape, k.shape[2]
     kcache, vcache = f64(kcache), f64(vcache)
     slot, keep, prev, pos = rows(B, T, slot, keep, prev, pos)
-    scale = P**-0.5 if scale is None else scale
+    scale, sinks = P**-0.5 if scale is None else scale, sinks if window > 0 else 0
     o, lse = np.zeros((B, T, H, P)), np.zeros((B, H, T))
     for b in range(B):
         s = slot[b]
@@ -142,18 +151,19 @@ def attention(q, k, v, kcache=None, vcache=None, window=0, scale=None, slot=None
             steps, incoming = path(prev[b], t)
             keys, values = k[b, steps], v[b, steps]
             if incoming and kcache is not None:
-                keys = np.concatenate([past(kcache, s, pos[s]), keys])
-                values = np.concatenate([past(vcache, s, pos[s]), values])
+                keys = np.concatenate([past(kcache, s, pos[s], sinks), keys])
+                values = np.concatenate([past(vcache, s, pos[s], sinks), values])
             if window > 0:
-                keys, values = keys[-window:], values[-window:]
+                seen = [i for i in range(len(keys)) if i < sinks or i >= len(keys) - window]
+                keys, values = keys[seen], values[seen]
             for g in range(G):
                 heads = slice(g * H // G, (g + 1) * H // G)
                 score = scale * q[b, t, heads] @ keys[:, g].T
                 lse[b, heads, t] = np.logaddexp.reduce(score, -1)
                 o[b, t, heads] = np.exp(score - lse[b, heads, t, None]) @ values[:, g]
         if kcache is not None:
-            write(kcache, s, pos[s], k[b])
-            write(vcache, s, pos[s], v[b])
+            write(kcache, s, pos[s], k[b], sinks)
+            write(vcache, s, pos[s], v[b], sinks)
     return o, lse, kcache, vcache
 
 

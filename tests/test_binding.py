@@ -15,7 +15,7 @@ NAMES = sorted(backends.module("cpu").OPS)
 every_op = pytest.mark.parametrize("op", NAMES)
 
 SIZES = dict(b=2, t=3, m=4, c=5, o=6, k=7, v=8, h=4, g=2, p=6, q=3, n=3, f=5, s=3, l=40, x=4, d=8, w=4, j=2)
-SCALARS = dict(eps=1e-5, scale=1.0, window=2, silu=1, block=1, temperature=1.0, kind=0, lr=0.1, b1=0.9, b2=0.9, decay=0.1,
+SCALARS = dict(eps=1e-5, scale=1.0, window=2, sinks=2, silu=1, block=1, temperature=1.0, kind=0, lr=0.1, b1=0.9, b2=0.9, decay=0.1,
                gscale=1.0, step=1, seed=3, key=5, to=1, count=2, add=1) | {"from": 0}
 
 
@@ -227,7 +227,7 @@ def test_refuses_trees_that_it_cannot_run(backend, op):
     ("ssd_backward", dict(h=5), "multiple"),
     ("conv1d_forward", dict(d=9), "multiple"), ("selective_scan_forward", dict(k=3, d=9), "multiple"),
     ("selective_scan_forward", dict(k=5), "d = 12"), ("rope_forward", dict(p=7), "p = 7"), ("verify", dict(l=4), "l = 4"),
-    ("attention_forward", dict(l=32), "at least 33"), ("conv1d_forward", dict(l=34), "at least 35"),
+    ("attention_forward", dict(l=32), "at least 35"), ("conv1d_forward", dict(l=34), "at least 35"),
     ("selective_scan_forward", dict(r=32), "ring"), ("ssd_forward", dict(r=49), "ring"),
     ("sample", dict(v=0), "v"), ("lm_loss_forward", dict(v=0), "v"), ("conv1d_forward", dict(w=0), "w"),
     ("ssd_forward", dict(g=0), "g"), ("top_log_probs", dict(j=9), "j (9) must be at most size v (8)")])
@@ -252,6 +252,7 @@ def test_refuses_sizes_that_break_a_rule(backend, op, change, word):
     ("transfer", dict(count=10**15), ("rows",)), ("conv1d_forward", dict(block=3), ("block",)),
     ("conv1d_forward", dict(block=0), ("block",)), ("conv1d_backward", dict(block=2**40), ("block",)),
     ("conv1d_forward", dict(block=2**64 - 1), ("block",)), ("conv1d_backward", dict(block=2**63), ("block",)),
+    ("attention_forward", dict(sinks=8), ("cache", 41)), ("attention_forward", dict(sinks=2**63), ("cache", 40)),
     ("conv1d_forward", dict(silu=2), ("silu",)), ("conv1d_backward", dict(silu=2**64 - 1), ("silu",))])
 def test_refuses_arguments_that_do_not_go_together(backend, op, change, words):
     refused(backend, op, valid(backend, op) | change, *words)

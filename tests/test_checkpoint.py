@@ -118,6 +118,19 @@ def test_configs_are_refused(changes, match):
     refused(match, architecture, CONFIG | changes)
 
 
+WINDOWS = {"mixers": ["window", "attention", "identity"], "window": [9, 0, 0], "sinks": 2}
+
+
+def test_windows_and_identity_in_mamba_config():
+    mamba = {"attn_layers": [1], "ssm_cfg": {"expand": 1}} | WINDOWS
+    arch = architecture(CONFIG, mamba)
+    assert (arch["kinds"], arch["window"], arch["sinks"], arch["conv"]) == (WINDOWS["mixers"], [9, 0, 0], 2, 0)
+    assert architecture(CONFIG | {"model_type": "mistral", "sliding_window": 5}, mamba)["window"] == [9, 5, 0]
+    written = mamba_config(CONFIG, arch["kinds"], mamba)
+    assert {key: written[key] for key in WINDOWS} == WINDOWS and written["attn_layers"] == [1]
+    assert mamba_config(CONFIG, ["identity"] * 3)["mixers"] == ["identity"] * 3
+
+
 @pytest.mark.parametrize("changes, match", [
     ({"attn_layers": None}, "attn_layers"), ({"attn_layers": [3]}, "attn_layers"), ({"attn_layers": ["1"]}, "attn_layers"),
     ({"d_inner": 64}, "d_inner"), ({"d_xb": 32}, "d_xb"), ({"d_model": 64}, "d_model"), ({"n_layer": 4}, "n_layer"),
@@ -126,6 +139,10 @@ def test_configs_are_refused(changes, match):
     ({"ssm_cfg": {"expand": 1, "ngroups": 4, "norm_before_gate": True}}, "norm_before_gate"), ({"rms_norm_eps": 0.5}, "rms_norm_eps"),
     ({"attn_rope": "none"}, "attn_rope"), ({"norm_eps": "x"}, "norm_eps"), ({"dt_bias_twice": 1}, "dt_bias_twice"),
     ({"mixers": ["mamba1"]}, "mixers"), ({"mixers": ["mamba1"] * 3}, "mixers"), ({"mixers": ["mamba1", "attention", "mamba3"]}, "mixers"),
+    *((WINDOWS | change, word) for change, word in (
+        ({"window": None}, "window"), ({"window": 9}, "window"), ({"window": [9, 0]}, "window"), ({"window": [0, 0, 0]}, "window"),
+        ({"window": [9, 9, 0]}, "window"), ({"window": [True, 0, 0]}, "window"), ({"window": [1 << 40, 0, 0]}, "window"),
+        ({"sinks": None}, "sinks is missing"), ({"sinks": -1}, "sinks"), ({"mixers": ["window", "attention", "none"]}, "mixers"))),
 ])
 def test_mamba_configs_are_refused(changes, match):
     refused(match, architecture, CONFIG, {"attn_layers": [1], "ssm_cfg": {"expand": 1}} | changes)

@@ -53,22 +53,22 @@ def draw_rope(r, B, T, H, P, far=4096, scale=None):
     return dict(x=r.standard_normal((B, T, H, P)), position=r.integers(0, far, (B, T)), inv_freq=inv_freq, scale=scale)
 
 
-def past_cache(r, S, K, pos, *width):
-    """A cache of K entries whose slots hold the last tokens before pos; what was never written is NaN."""
+def past_cache(r, S, K, pos, *width, sinks=0):
+    """A cache of K entries whose slots hold tokens before pos; what was never written is NaN."""
     cache = np.full((S, K, *width), np.nan)
     for s in range(S):
-        for i in range(max(0, pos[s] - K), pos[s]):
-            cache[s, i % K] = r.standard_normal(width)
+        for i in twin.kept(cache, pos[s], sinks):
+            cache[s, twin.entry(cache, i, sinks)] = r.standard_normal(width)
     return cache
 
 
-def draw_attention(r, B, T, H, G, P, window=None, scale=None, parents="chain", pos=None, K=0):
+def draw_attention(r, B, T, H, G, P, window=None, sinks=None, scale=None, parents="chain", pos=None, K=0):
     args = dict(q=r.standard_normal((B, T, H, P)), k=r.standard_normal((B, T, G, P)), v=r.standard_normal((B, T, G, P)),
-                window=window, scale=scale, prev=PARENTS[parents](r, B, T))
+                window=window, sinks=sinks, scale=scale, prev=PARENTS[parents](r, B, T))
     if pos is not None:
         S = len(pos)
-        args.update(kcache=past_cache(r, S, K, pos, G, P), vcache=past_cache(r, S, K, pos, G, P), pos=np.array(pos),
-                    slot=r.permutation(S)[:B])
+        caches = {name: past_cache(r, S, K, pos, G, P, sinks=sinks or 0) for name in ("kcache", "vcache")}
+        args.update(caches, pos=np.array(pos), slot=r.permutation(S)[:B])
     return args
 
 
@@ -184,6 +184,17 @@ CASES = [
     ("attention", "tiles of 128: window over the past, cache wrapped", dict(B=2, T=150, H=2, G=1, P=64, window=160, pos=[190, 400],
                                                                        K=200)),
     ("attention", "prefill longer than a windowed cache", dict(B=2, T=129, H=2, G=1, P=8, window=5, pos=[50, 3], K=40)),
+    ("attention", "sinks", dict(B=2, T=70, H=4, G=2, P=16, window=9, sinks=3)),
+    ("attention", "sinks, more than there are tokens", dict(B=1, T=7, H=2, G=1, P=8, window=2, sinks=50)),
+    ("attention", "sinks, more than a block", dict(B=1, T=200, H=2, G=1, P=8, window=20, sinks=70)),
+    ("attention", "sinks of documents", dict(B=2, T=129, H=4, G=2, P=8, window=3, sinks=2, parents="documents")),
+    ("attention", "sinks, larger head than tiles", dict(B=2, T=20, H=2, G=1, P=260, window=3, sinks=2, parents="documents")),
+    ("attention", "sinks without a window are none", dict(B=1, T=40, H=2, G=1, P=8, sinks=4)),
+    ("attention", "sinks, tiles of 128", dict(B=1, T=300, H=2, G=1, P=64, window=130, sinks=4)),
+    ("attention", "sinks, decode, cache wrapped", dict(B=3, T=1, H=6, G=2, P=16, window=9, sinks=4, pos=[0, 11, 100, 46, 2], K=45)),
+    ("attention", "sinks, a tree after a past", dict(B=2, T=32, H=4, G=4, P=8, window=5, sinks=20, pos=[17, 0, 64], K=57, parents="tree")),
+    ("attention", "sinks, prefill after a past", dict(B=2, T=200, H=2, G=1, P=128, window=140, sinks=90, pos=[70, 290], K=270)),
+    ("attention", "sinks, prefill longer than the cache", dict(B=2, T=129, H=2, G=1, P=8, window=5, sinks=4, pos=[50, 3], K=41)),
     ("conv1d", "one token, width one", dict(B=1, T=1, X=3, W=1)),
     ("conv1d", "shorter than the width", dict(B=2, T=2, X=5, W=4)),
     ("conv1d", "odd channels, no bias", dict(B=2, T=7, X=37, W=4, bias=False)),
@@ -255,7 +266,7 @@ SANITIZED = {  # the cases that also run under compute-sanitizer: a few a kernel
     "linear": ("odd everything", "bf16 matrix, few tokens", "bf16 matrix, many tokens"), "embedding": ("bf16 matrix",),
     "rmsnorm": ("odd width", "many rows"), "gated_rmsnorm": ("odd head", "many rows"), "swiglu": ("odd size",), "rope": ("odd half",),
     "attention": ("three heads a group, odd head", "a group a head, tail after blocks", "window shorter than the call", "verify",
-                  "a tree after a past", "prefill after a past"),
+                  "a tree after a past", "prefill after a past", "sinks of documents", "sinks, a tree after a past"),
     "conv1d": ("odd channels, no bias", "long, wide", "blocks of 16 repeated (Mamba-1)", "a tree after a past"),
     "selective_scan": ("grouped B, odd state", "tail after chunks", "resumes, ragged keep"),
     "ssd": ("three heads a group, odd sizes", "the head of 8B models", "documents across chunks", "resumes, ragged keep"),
@@ -480,6 +491,7 @@ STREAMS = [
     ("attention", "grouped", dict(H=6, G=2, P=20)),
     ("attention", "window", dict(H=4, G=4, P=16, window=9)),
     ("attention", "eight heads a group", dict(H=8, G=1, P=64)),
+    ("attention", "window and sinks", dict(H=4, G=2, P=16, window=9, sinks=35)),
     ("conv1d", "plain", dict(X=21, W=4)),
     ("conv1d", "repeated blocks", dict(X=32, W=4, repeat=2, block=16)),
     ("selective_scan", "odd", dict(J=2, rep=2, N=5)),
@@ -501,7 +513,7 @@ class Stream:
         self.tokens = {k: self.args.pop(k) for k in TIMES[op]}
         self.committed, self.seen = np.zeros(SLOTS, "i4"), np.zeros(SLOTS, "i4")
         if op == "attention":
-            K = sizes["window"] + 32 if "window" in sizes else LENGTH
+            K = sizes.get("sinks", 0) + sizes["window"] + 32 if "window" in sizes else LENGTH
             self.memory = {c: self.empty(K, "k") for c in ("kcache", "vcache")}
         elif op == "conv1d":
             self.memory = {"cache": self.empty(sizes["W"] + 31, "x")}
@@ -554,7 +566,8 @@ class Stream:
         at, to = self.committed[slot] + np.array(path), self.committed[slot] + np.arange(len(path))
         for name, memory in self.memory.items():
             if name != "state":
-                memory[slot, to % memory.shape[1]] = memory[slot, at % memory.shape[1]].copy()
+                a, b = ([twin.entry(memory, i, self.args.get("sinks", 0)) for i in where] for where in (to, at))
+                memory[slot, a] = memory[slot, b].copy()
         self.committed[slot] += len(path)
 
 

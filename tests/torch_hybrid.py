@@ -30,7 +30,8 @@ def attention(p, u, c):
     q, k, v = heads("q", H), heads("k", G).repeat_interleave(H // G, 1), heads("v", G).repeat_interleave(H // G, 1)
     scores = (q @ k.transpose(-1, -2)) * P**-0.5
     age = torch.arange(T)[:, None] - torch.arange(T)[None]
-    hidden = (age < 0) | ((age >= c["window"]) if c["window"] else torch.zeros_like(age, dtype=torch.bool))
+    far = (age >= c["window"]) & (torch.arange(T)[None] >= c["sinks"]) if c["window"] else torch.zeros_like(age, dtype=torch.bool)
+    hidden = (age < 0) | far
     o = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v
     return F.linear(o.transpose(1, 2).reshape(B, T, H * P), p["self_attn.o_proj.weight"], p.get("self_attn.o_proj.bias"))
 
@@ -80,7 +81,7 @@ def mamba2(p, u, c):
     return F.linear(y.reshape(B, T, D), p["mamba.out_proj.weight"])
 
 
-MIXERS = {"attention": attention, "mamba1": mamba1, "mamba2": mamba2}
+MIXERS = {"attention": attention, "mamba1": mamba1, "mamba2": mamba2, "window": attention, "identity": lambda p, u, c: 0 * u}
 
 
 def logits(params, ids, arch):
@@ -89,7 +90,8 @@ def logits(params, ids, arch):
     for i, kind in enumerate(arch["kinds"]):
         prefix = f"model.layers.{i}."
         p = {name[len(prefix):]: value for name, value in params.items() if name.startswith(prefix)}
-        h = h + MIXERS[kind](p, rmsnorm(h, p["input_layernorm.weight"], arch["eps"]), arch | {"window": arch["window"][i]})
+        sees = {"window": arch["window"][i], "sinks": arch["sinks"] if kind == "window" else 0}
+        h = h + MIXERS[kind](p, rmsnorm(h, p["input_layernorm.weight"], arch["eps"]), arch | sees)
         u = rmsnorm(h, p["post_attention_layernorm.weight"], arch["eps"])
         gate, up = (F.linear(u, p[f"mlp.{name}_proj.weight"], p.get(f"mlp.{name}_proj.bias")) for name in ("gate", "up"))
         h = h + F.linear(F.silu(gate) * up, p["mlp.down_proj.weight"], p.get("mlp.down_proj.bias"))

@@ -9,6 +9,7 @@
 #include "../attention_backward.cu"
 #include "../attention_few.cu"
 #include "../attention_hopper.cu"
+#include "../attention_sinks.cu"
 #include "device.cuh"
 
 /* ---- a call -------------------------------------------------------------------------------------------------------------- */
@@ -23,14 +24,14 @@ static Attention shape(int B, int T, int H, int G, int P) {
 }
 static size_t outputs(const Attention &a) { return (size_t)a.B * a.T * a.H * a.P; }
 static void forward(const Attention &a) {
-  attention_forward(a.o, a.lse, a.kcache, a.vcache, (real *)a.q, (real *)a.k, a.v, a.rows, Rope{}, a.scale * LN2, a.window, a.B, a.T, a.H,
-                    a.G, a.P, a.K);
+  attention_forward(a.o, a.lse, a.kcache, a.vcache, (real *)a.q, (real *)a.k, a.v, a.rows, Rope{}, a.scale * LN2, a.window, a.sinks, a.B,
+                    a.T, a.H, a.G, a.P, a.K);
 }
 static void plain(const Attention &a) { LAUNCH(attend_plain, dim3(a.T, a.H, a.B), 128, a.P * sizeof(float), a); }
 
 /* Caches of K entries, `pos` of them filled. */
 static void add_caches(Attention &a, int K, std::vector<int32_t> pos) {
-  a.K = K, a.rows.pos = ints(pos);
+  a.K = a.turns = K, a.rows.pos = ints(pos);
   const size_t n = (size_t)a.B * K * a.G * a.P;
   a.kcache = normal(n), a.vcache = normal(n);
 }
@@ -92,7 +93,7 @@ static void backward(int B, int T, int H, int G, int P, bool documents) {
   if (documents) a.rows.prev = ints(prev);
   forward(a);
   auto run = [&](real *dq, real *dk, real *dv) {
-    attention_backward(dq, dk, dv, a.dout, a.q, a.k, a.v, a.o, a.lse, a.rows, a.scale * LN2, a.window, B, T, H, G, P);
+    attention_backward(dq, dk, dv, a.dout, a.q, a.k, a.v, a.o, a.lse, a.rows, a.scale * LN2, a.window, a.sinks, B, T, H, G, P);
   };
   const double us = timed(3, [&](int) { run(a.dq, a.dk, a.dv); });
   real *dq = array<real>(q), *dk = array<real>(k), *dv = array<real>(k);
