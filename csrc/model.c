@@ -328,7 +328,6 @@ int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, f
     Param *p = param_at(m, i, &layer);
     if (!gradient(m, p)) continue;
     if (param_own(p) || param_moments(m, p, moments)) return -1;
-    if (!p->held) continue;
     adamw(at(p, p->first), p->master, p->m, p->v, gradient(m, p) + p->first, p->type, moments, lr, b1, b2, eps, decay, gscale, step, i, p->first,
           p->held);
   }

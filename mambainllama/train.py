@@ -258,6 +258,8 @@ def _start(model, stage, data):
     for name, (m, _, master) in ranks().moments(model, everywhere=True):
         zero = np.zeros(m.shape, MOMENTS[stage["moments"]])
         model.set_moments(name, zero, zero, master)
+    if ranks().size > 1:
+        ranks().same(model.fingerprint(), "has other weights than rank 0 at the start of a stage: another processor, or another build")
 
 
 def _report(status, recipe, folder, fill):
