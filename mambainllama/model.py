@@ -171,7 +171,7 @@ class Model:
         self.c.zero_grad()
 
     def grad_norm(self):
-        """The norm of all gradients together."""
+        """The norm of all gradients together; of a job's rank: of its part of them."""
         return self.c.grad_norm()
 
     def step(self, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0, step=1, moments="float32"):

@@ -1,9 +1,9 @@
 """Data parallel training: the ranks of a job that mpirun started, and what they tell each other.
 
-The rows of a step are dealt out to the ranks, and each computes the gradients of its own. Then (ZeRO's second stage but for the arena, which
-every rank has whole; Rajbhandari et al. 2020, arXiv 1910.02054) a reduce-scatter gives each rank the sum of one of equal parts of the
-gradient arena; it moves the weights of that part, whose moments and float32 master weights it alone keeps; and an all-gather gives them to
-the others, in the dtype that they are stored in. On a CPU MPI does both, between GPUs NCCL, in the order of the model's own stream.
+The rows of a step are dealt out to the ranks, and each computes the gradients of its own. A reduce-scatter gives each rank the sum of one of
+equal parts of the gradient arena; it moves the weights of that part, whose moments and float32 master weights it alone keeps; and an
+all-gather gives them to the others, in the dtype that they are stored in (ZeRO's first stage, Rajbhandari et al. 2020, arXiv 1910.02054).
+On a CPU MPI does both, between GPUs NCCL, in the order of the model's own stream.
 
 What ranks tell each other goes through every(), and every exchange of arrays begins with one: there a rank that has failed says so instead,
 and all raise. A rank that is lost, killed or crashed, is mpirun's to see: it ends the job."""
@@ -45,13 +45,12 @@ def ranks():
         raise ValueError(f"mpirun started {size} processes, and mpi4py's MPI sees {MPI.COMM_WORLD.size}: it is another one than mpirun's "
                          f"({MPI.Get_library_version().split(',')[0].strip()})")
     neighbours = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)  # on this machine
-    mine, gpus = sorted(os.sched_getaffinity(0)), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    sharing = neighbours.allgather(mine).count(mine)
-    os.environ.setdefault("MIL_NUM_THREADS", str(max(1, len(mine) // sharing)))
-    if gpus == [""]:
-        gpus = [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    cpus = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("MIL_NUM_THREADS", str(max(1, len(cpus) // neighbours.allgather(cpus).count(cpus))))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))] if given is None else given.split(",")
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[neighbours.rank % len(gpus)]  # CUDA reads it at its first call
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[neighbours.rank % len(gpus)]  # which CUDA reads at its first call
     return Ranks(MPI)
 
 
@@ -103,7 +102,7 @@ class Ranks:
                 raise ValueError(f"rank {rank} {sentence}")
 
     def in_turn(self, work):
-        """What work() returns: the first rank does it, then the others, who find what it has kept (the tokens of the data)."""
+        """What work() returns: the first rank does it, then the others, who find what it has kept, such as the data's tokens."""
         found = work() if self.first else None
         self.every(None)
         return found if self.first else work()
@@ -134,13 +133,14 @@ class Ranks:
             return
         address, floats, stream = model.c.arena()
         part = floats // self.size
-        self.every(None)
         if self._nccl(model):
-            own = _OnDevice(address + 4 * part * self.rank, part, "<f4")
-            self.nccl.reduce_scatter(_OnDevice(address, floats, "<f4"), own, self.core.SUM, stream=stream)
+            whole, own = _OnDevice(address, floats, "<f4"), _OnDevice(address + 4 * part * self.rank, part, "<f4")
+            self.every(None)
+            self.nccl.reduce_scatter(whole, own, self.core.SUM, stream=stream)
         else:
-            own = np.empty(part, np.float32)
-            self.comm.Reduce_scatter_block(model.c.arena_get(), own)
+            whole, own = model.c.arena_get(), np.empty(part, np.float32)
+            self.every(None)
+            self.comm.Reduce_scatter_block(whole, own)
             model.c.arena_put(part * self.rank, own)
 
     def gather(self, model):
@@ -148,13 +148,15 @@ class Ranks:
         if self.size == 1:
             return
         (address, _, stream), size = model.c.arena(), model.c.exchange(True)
-        self.every(None)
         if self._nccl(model):
-            self.nccl.allgather(_OnDevice(address + size * self.rank, size, "|u1"), _OnDevice(address, size * self.size, "|u1"), stream=stream)
+            whole, own = _OnDevice(address, size * self.size, "|u1"), _OnDevice(address + size * self.rank, size, "|u1")
+            self.every(None)
+            self.nccl.allgather(own, whole, stream=stream)
         else:
-            arena = model.c.arena_get()
-            self.comm.Allgather(self.mpi.IN_PLACE, arena.view(np.uint8)[:size * self.size])
-            model.c.arena_put(0, arena)
+            whole = model.c.arena_get()
+            self.every(None)
+            self.comm.Allgather(self.mpi.IN_PLACE, whole.view(np.uint8)[:size * self.size])
+            model.c.arena_put(0, whole)
         model.c.exchange(False)
 
     def moments(self, model, everywhere=False):
@@ -165,8 +167,8 @@ class Ranks:
                 yield name, tuple(part if part is None or self.size == 1 else self._whole(part.ravel(), shape, everywhere) for part in held)
 
     def _whole(self, part, shape, everywhere):
-        counts = self.every(part.size)
         whole = np.empty(shape, part.dtype) if everywhere or self.first else None
+        counts = self.every(part.size)
         if everywhere:
             self.comm.Allgatherv(part, [whole, counts])
         else:
