@@ -8,9 +8,14 @@ The floor counts 2 FLOPs a weight and token for each forward, 2 for the gradient
 
 --fits computes nothing: it prints how many rows of --length tokens fit on cards of several sizes, with recompute and without, by
 mambainllama.info.training_memory and 3 GiB for what that leaves out. The last line is JSON.
+
+`mpirun -n 2 python benchmarks/train.py`: every rank has --batch rows, the tokens are those of all, the peak is the first rank's.
 """
 import argparse
 import json
+import math
+import os
+import sys
 import time
 
 import numpy as np
@@ -21,6 +26,7 @@ from mambainllama.config import architecture, mamba_config
 from mambainllama.convert import kept_attention
 from mambainllama.info import training_memory
 from mambainllama.model import fits
+from mambainllama.parallel import ranks
 from mambainllama.preference import Preference
 from mambainllama.recipe import load_recipe
 
@@ -30,8 +36,9 @@ def measure(source, objective, args, batch, recompute):
     teacher = mil.convert(source, mamba_layers=[]) if objective == "distill" else None
     student = mil.convert(source, attention=args.attention, mixer=args.mixer, check=False)
     student.trainable(args.train)
+    ranks().share(student)
     rows, length = (2 * batch, args.length // 2) if objective == "dpo" else (batch, args.length)
-    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (rows, length + 1)).astype(np.int32)
+    ids = np.random.default_rng(ranks().rank).integers(0, CONFIG["vocab_size"], (rows, length + 1)).astype(np.int32)
     x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
     goal = Preference(student, "start", load_recipe({"steps": 1, "recompute": recompute}))
     student.module.memory(True)
@@ -42,16 +49,18 @@ def measure(source, objective, args, batch, recompute):
             goal.loss((x, y, np.full(x.shape, -10, np.float32)), {"margin": 1.0}, backward=True)
         else:
             student.loss(x, y, teacher=teacher, ce=0.1 if teacher else 1.0, kl=1.0 if teacher else 0.0, backward=True, recompute=recompute)
-        norm = student.grad_norm()
+        ranks().reduce(student)
+        norm = math.hypot(*ranks().every(student.grad_norm()))
         student.step(1e-5, scale=min(1.0, 1.0 / norm), step=step + 1, moments=args.moments)
+        ranks().gather(student)
         student.zero_grad()
         times.append(time.perf_counter() - start)
     body = sum(int(np.prod(size)) for name, size in source.names.items() if len(size) == 2 and "embed" not in name)
     trained = sum(int(np.prod(size)) for name, size in student.names.items() if fits(name, args.train) and len(size) == 2 and "embed" not in name)
     flops = 2 * body * (2 + recompute + (objective != "sft")) + 2 * trained
     seconds = min(times[1:])
-    return {"objective": objective, "batch": batch, "recompute": recompute, "seconds": seconds, "tokens_per_second": rows * length / seconds,
-            "floor_tokens_per_second": 704e12 / flops, "peak_gib": student.module.memory()[1] / 2**30}
+    return {"objective": objective, "batch": batch, "recompute": recompute, "seconds": seconds,
+            "tokens_per_second": ranks().size * rows * length / seconds, "floor_tokens_per_second": ranks().size * 704e12 / flops, "peak_gib": student.module.memory()[1] / 2**30}
 
 
 CARDS, BESIDE = (24, 48, 80, 141), 3 * 2**30  # GB of memory; bytes for workspaces, the loss's chunks, the driver
@@ -96,8 +105,10 @@ def main():
     args = parser.parse_args()
     if args.fits:
         return fits_table(args)
+    if not ranks().first:
+        sys.stdout = open(os.devnull, "w")
     source = mil.random(CONFIG | SHAPES[args.shape], dtype="bfloat16", device=args.device)
-    print(f"{source.module.__name__}: {args.shape}, {args.attention:g} attention, {args.mixer}, {args.moments} moments, {args.length} tokens a row\n")
+    print(f"{source.module.__name__}: {ranks().size} rank{'s'[:ranks().size - 1]}, {args.shape}, {args.attention:g} attention, {args.mixer}, {args.moments} moments, {args.length} tokens a row\n")
     print(f"{'objective':9s} {'batch':>5s} {'recompute':>9s} {'ms/step':>9s} {'tokens/s':>9s} {'floor tokens/s':>15s} {'peak GiB':>9s}")
     rows = []
     for objective in args.objective:
@@ -108,7 +119,7 @@ def main():
                 print(f"{objective:9s} {batch:5d} {recompute:>9s} {1e3 * row['seconds']:9.1f} {row['tokens_per_second']:9.0f} "
                       f"{row['floor_tokens_per_second']:15.0f} {row['peak_gib']:9.1f}", flush=True)
     print(json.dumps({"shape": args.shape, "attention": args.attention, "mixer": args.mixer, "moments": args.moments, "length": args.length,
-                      "train": args.train, "rows": rows}))
+                      "ranks": ranks().size, "train": args.train, "rows": rows}))
 
 
 if __name__ == "__main__":

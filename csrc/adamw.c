@@ -12,7 +12,7 @@ typedef struct {
   uint16_t *rounded; /* of w, or NULL */
   int halves;        /* m and v are bf16 */
   float lr, b1, b2, eps, decay, gscale, c1, c2;
-  size_t step, n;
+  size_t step, first, n;
   uint64_t key;
 } AdamW;
 
@@ -26,7 +26,7 @@ static void narrow(const AdamW *a, const float *m, const float *v, size_t from, 
   uint16_t *to_m = (uint16_t *)a->m + from, *to_v = (uint16_t *)a->v + from;
   uint32_t word[4];
   for (size_t i = 0; i < n; i++) {
-    if (i % 4 == 0) moment_bits(word, a->key, (from + i) / 4, a->step);
+    if (i % 4 == 0) moment_bits(word, a->key, (a->first + from + i) / 4, a->step);
     to_m[i] = round_at_random(m[i], word[i % 4] & 0xffff);
     to_v[i] = round_at_random(v[i], word[i % 4] >> 16);
   }
@@ -59,10 +59,10 @@ static void updates(void *arg, size_t i, size_t end, size_t worker) {
 }
 
 void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
-           float decay, float gscale, size_t step, uint64_t key, size_t n) {
+           float decay, float gscale, size_t step, uint64_t key, size_t first, size_t n) {
   AdamW a = {.w = type == FLOAT32 ? w : master, .m = m, .v = v, .grad = grad, .rounded = type == FLOAT32 ? NULL : w,
              .halves = moments == BFLOAT16, .lr = lr, .b1 = b1, .b2 = b2, .eps = eps, .decay = decay, .gscale = gscale,
-             .step = step, .n = n, .key = key};
+             .step = step, .first = first, .n = n, .key = key};
   a.c1 = (float)(1 / (1 - pow(b1, (double)step)));
   a.c2 = (float)(1 / (1 - pow(b2, (double)step)));
   parallel(updates, &a, (n + UPDATE - 1) / UPDATE, 20.0 * UPDATE);

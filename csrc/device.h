@@ -15,6 +15,8 @@ void pull_floats(float *host, const real *device, size_t n);       /* n activati
 void device_copy(void *dst, const void *src, size_t bytes);        /* device to device, no overlap */
 void device_copy_rows(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t bytes, size_t rows); /* of rows, `bytes` each */
 void device_zero(void *p, size_t bytes);
+void *device_host(void *p);                                        /* the same memory as the host sees it; NULL: it does not */
+void *device_stream(void);                                         /* in whose order the device works, for other libraries; NULL on the CPU */
 /* Bytes that device_alloc has given out: now, and the most since the last reset. */
 void device_memory(size_t *used, size_t *peak, int reset);
 /* An op's argument of n elements, float32 on the host: the same memory on the CPU; elsewhere a copy, with `as_real` of the type

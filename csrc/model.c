@@ -75,10 +75,9 @@ static void arena_free(Arena *a) {
 
 size_t param_bytes(const Param *p) { return p->n * (p->type == FLOAT32 ? 4 : 2); }
 
-Matrix matrix(const Param *p, size_t row) {
-  size_t skip = row * p->b * (p->type == FLOAT32 ? 4 : 2);
-  return (Matrix){(const char *)p->buffer->data + skip, p->type};
-}
+static void *at(const Param *p, size_t element) { return (char *)p->buffer->data + element * (p->type == FLOAT32 ? 4 : 2); }
+
+Matrix matrix(const Param *p, size_t row) { return (Matrix){at(p, row * p->b), p->type}; }
 
 const float *vector(const Param *p) { return p->name ? p->buffer->data : NULL; }
 
@@ -204,7 +203,7 @@ static void same_param(Param *p, const Param *from) {
 /* The same model over the same buffers, all trainable. */
 int model_clone(Model *m, const Model *from) {
   const size_t L = from->c.layers, P = from->c.head_dim / 2;
-  *m = (Model){.c = from->c, .type = from->type};
+  *m = (Model){.c = from->c, .type = from->type, .ranks = 1};
   m->layer = calloc(L ? L : 1, sizeof *m->layer);
   m->kind = malloc(L * sizeof *m->kind + 1);
   m->window = malloc(L * sizeof *m->window + 1);
@@ -276,11 +275,51 @@ int model_gradients(Model *m) {
     p->gradient = n;
     n += (p->n + 15) & ~(size_t)15;
   }
+  n = (n + 16 * m->ranks - 1) / (16 * m->ranks) * (16 * m->ranks);
   m->gradient_count = n;
   m->gradients = device_alloc(n * sizeof(float));
   if (!m->gradients) return -1;
   device_zero(m->gradients, n * sizeof(float));
   return 0;
+}
+
+void model_share(Model *m, size_t rank, size_t ranks) {
+  size_t layer;
+  if (m->rank == rank && m->ranks == ranks) return;
+  m->rank = rank, m->ranks = ranks;
+  for (size_t i = 0; i < param_count(m); i++) drop_moments(param_at(m, i, &layer));
+  drop_gradients(m);
+}
+
+Range part_of(const Model *m, const Param *p, size_t rank) {
+  const size_t part = m->gradient_count / m->ranks, begin = rank * part, end = begin + part;
+  if (!gradient(m, p)) return (Range){0, p->n};
+  const size_t from = p->gradient > begin ? p->gradient : begin, to = p->gradient + p->n < end ? p->gradient + p->n : end;
+  return from < to ? (Range){from - p->gradient, to - from} : (Range){0, 0};
+}
+
+double model_squares(Model *m) {
+  const size_t part = m->gradient_count / m->ranks;
+  return m->gradients ? sum_squares(m->gradients + m->rank * part, part) : 0;
+}
+
+size_t model_exchange(Model *m, int out) {
+  size_t layer, most = 0;
+  for (int copying = 0; copying < 2; copying++)
+    for (size_t rank = 0; rank < m->ranks; rank++) {
+      size_t used = 0;
+      for (size_t i = 0; i < param_count(m); i++) {
+        Param *p = param_at(m, i, &layer);
+        if (!gradient(m, p)) continue;
+        const Range part = part_of(m, p, rank);
+        const size_t size = p->type == FLOAT32 ? 4 : 2;
+        char *weights = at(p, part.first), *piece = (char *)m->gradients + rank * most + used;
+        if (copying && part.n && (rank == m->rank) == out) device_copy(out ? piece : weights, out ? weights : piece, part.n * size);
+        used += ((part.n + 15) & ~(size_t)15) * size;
+      }
+      if (used > most) most = used;
+    }
+  return most;
 }
 
 int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step) {
@@ -289,30 +328,37 @@ int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, f
   for (size_t i = 0; i < param_count(m); i++) {
     Param *p = param_at(m, i, &layer);
     if (!gradient(m, p)) continue;
-    if (param_own(p) || param_moments(p, moments)) return -1;
-    adamw(p->buffer->data, p->master, p->m, p->v, gradient(m, p), p->type, moments, lr, b1, b2, eps, decay, gscale, step, i, p->n);
+    if (param_own(p) || param_moments(m, p, moments)) return -1;
+    adamw(at(p, p->first), p->master, p->m, p->v, gradient(m, p) + p->first, p->type, moments, lr, b1, b2, eps, decay, gscale, step, i, p->first,
+          p->held);
   }
   return 0;
 }
 
-int param_moments(Param *p, int moments) {
-  const size_t bytes = p->n * (moments == FLOAT32 ? 4 : 2);
+int param_moments(const Model *m, Param *p, int moments) {
+  const Range own = part_of(m, p, m->rank);
+  const size_t bytes = own.n * (moments == FLOAT32 ? 4 : 2);
+  if (p->m && (p->first != own.first || p->held != own.n)) drop_moments(p);
   if (p->m && p->moments == moments) return 0;
   device_free(p->m);
   device_free(p->v);
-  p->moments = moments;
+  p->moments = moments, p->first = own.first, p->held = own.n;
   p->m = device_alloc(bytes);
   p->v = device_alloc(bytes);
   const int fresh = p->type == BFLOAT16 && !p->master;
-  if (fresh) p->master = device_alloc(p->n * sizeof(float));
+  if (fresh) p->master = device_alloc(own.n * sizeof(float));
   if (!p->m || !p->v || (fresh && !p->master)) {
     drop_moments(p);
     return -1;
   }
   device_zero(p->m, bytes);
   device_zero(p->v, bytes);
-  if (fresh) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
+  if (fresh) param_master(p);
   return 0;
+}
+
+void param_master(Param *p) {
+  if (p->master && p->held) copy_rows(p->master, FLOAT32, 0, (Matrix){at(p, p->first), p->type}, 0, 1, p->held);
 }
 
 /* ---- forward -------------------------------------------------------------------------------------------------------------------- */

@@ -92,6 +92,7 @@ typedef struct {
   int moments;           /* their type: FLOAT32 | BFLOAT16 */
   void *m, *v;           /* AdamW's moments. NULL before the first step */
   float *master;         /* float weights where the matrix is bf16; with the moments */
+  size_t first, held;    /* which elements m, v and master are of */
 } Param;
 
 /* Bump allocator of activations: blocks while a call grows, one block of the peak from the next call on. */
@@ -110,7 +111,8 @@ typedef struct {
   Param top[3];
   Param (*layer)[PARAM_KINDS];
   float *gradients;     /* arena of all trainable parameters, NULL before the first backward */
-  size_t gradient_count;
+  size_t gradient_count; /* a multiple of 16 ranks */
+  size_t rank, ranks;    /* of a job that shares the optimiser out: this one's is the rank-th of equal parts of the arena */
   Arena arena;
   unsigned version; /* moves with every buffer: recorded calls point into them */
 } Model;
@@ -176,13 +178,24 @@ void model_share_mixer(Model *m, size_t layer, const Model *from); /* the layer'
 void param_share(Param *to, const Param *from);
 void param_release(Param *p);
 int param_own(Param *p);     /* copy on write: afterwards the buffer is this parameter's alone; -1: out of memory */
-/* Allocates m and v (zero) of type `moments` if there are none or of the other type, and master (the weights) if there is none; -1:
- * out of memory. */
-int param_moments(Param *p, int moments);
+/* The elements of a trainable parameter that lie in a rank's part of the arena; of a frozen one, all. */
+typedef struct {
+  size_t first, n;
+} Range;
+Range part_of(const Model *m, const Param *p, size_t rank);
+/* Allocates m and v (zero) of type `moments` of this rank's part, if there are none or other ones, and master (the weights), if there is
+ * none of that part; -1: out of memory. */
+int param_moments(const Model *m, Param *p, int moments);
+void param_master(Param *p); /* master is the weights again */
 size_t param_bytes(const Param *p);
 void param_set_trainable(Model *m, Param *p, int trainable);
 int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
-int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step);
+void model_share(Model *m, size_t rank, size_t ranks); /* drops moments and gradients if it is another part */
+double model_squares(Model *m); /* sum of the squares of this rank's part of the gradients */
+int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step); /* this rank's part */
+/* After a step, through the arena, whose gradients are lost: out, this rank's part of the trainable weights, as they are stored, goes to
+ * rank * n bytes of it; not out, those of the other ranks come from there. -> n, the same on every rank. */
+size_t model_exchange(Model *m, int out);
 
 /* losses: ce, then kl, of each position (2,M) host. Weights (M) host; gradient of sum wce ce + wkl kl when backward. KL to teacher, or to
  * what `top` has of one (ids, log_probs, tail, on the host), or neither (NULL, ids NULL). */

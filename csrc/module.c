@@ -373,6 +373,11 @@ static int check_values(const Op *op, const Arg *a, const size_t *n, const char 
     PyErr_Format(PyExc_ValueError, "%s: argument 'step' counts from 1, got 0", op->name);
     return -1;
   }
+  int first = find_param(op, "first");
+  if (first >= 0 && a[first].integer % 4) {
+    PyErr_Format(PyExc_ValueError, "%s: argument 'first' must be a multiple of 4", op->name);
+    return -1;
+  }
   if (step >= 0 && a[1].type != a[2].type) {
     PyErr_Format(PyExc_ValueError, "%s: arguments 'm' and 'v' must be of one dtype", op->name);
     return -1;

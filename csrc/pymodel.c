@@ -111,6 +111,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   if (!self) return NULL;
   Model *m = &self->m;
   m->type = strcmp(dtype, "bfloat16") ? FLOAT32 : BFLOAT16;
+  m->ranks = 1;
   int failed = 0;
 #define X(name) failed = failed || read_size(dict, #name, &m->c.name);
   CONFIG_SIZES(X)
@@ -210,6 +211,15 @@ static PyObject *pull_rows(const Param *p, int type, const void *data, size_t fi
 
 static PyObject *pull_array(const Param *p, int type, const void *data) { return pull_rows(p, type, data, 0, p->a); }
 
+/* What this rank holds of m, v or master: in the parameter's shape if it is all, else flat. */
+static PyObject *pull_held(const Param *p, int type, const void *data) {
+  if (p->held == p->n) return pull_array(p, type, data);
+  npy_intp n = (npy_intp)p->held;
+  PyObject *array = PyArray_SimpleNew(1, &n, type);
+  if (array) device_pull(PyArray_DATA((PyArrayObject *)array), data, p->held * (type == NPY_FLOAT32 ? 4 : 2));
+  return array ? checked("Model.moments", array) : NULL;
+}
+
 static PyObject *raw_rows(PyObject *self, PyObject *name, Py_ssize_t first, Py_ssize_t rows) {
   Param *p = find((ModelObject *)self, name);
   if (!p) return NULL;
@@ -276,7 +286,7 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
   }
   device_push(p->buffer->data, staged ? staged : src.data, param_bytes(p));
   free(staged);
-  if (p->master) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
+  param_master(p);
   return finish("Model.set", 0);
 }
 
@@ -293,14 +303,15 @@ static PyObject *model_moments(PyObject *self, PyObject *name) {
   if (!p) return NULL;
   if (!p->m) Py_RETURN_NONE;
   const int type = p->moments == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16;
-  PyObject *m = pull_array(p, type, p->m), *v = pull_array(p, type, p->v);
-  PyObject *w = p->master ? pull_array(p, NPY_FLOAT32, p->master) : Py_NewRef(Py_None);
+  PyObject *m = pull_held(p, type, p->m), *v = pull_held(p, type, p->v);
+  PyObject *w = p->master ? pull_held(p, NPY_FLOAT32, p->master) : Py_NewRef(Py_None);
   return Py_BuildValue("NNN", m, v, w); /* NULL if one of them is */
 }
 
 static PyObject *model_set_moments(PyObject *self, PyObject *args) {
   PyObject *name, *value[3];
   if (!PyArg_ParseTuple(args, "UOOO", &name, value, value + 1, value + 2)) return NULL;
+  Model *m = &((ModelObject *)self)->m;
   Param *p = find((ModelObject *)self, name);
   if (!p) return NULL;
   if ((value[2] == Py_None) != (p->type == FLOAT32))
@@ -309,10 +320,12 @@ static PyObject *model_set_moments(PyObject *self, PyObject *args) {
     if ((i < 2 || value[i] != Py_None) && !fits(p, value[i], name, i < 2)) return NULL;
   const int type = PyArray_TYPE((PyArrayObject *)value[0]);
   if (PyArray_TYPE((PyArrayObject *)value[1]) != type) return PyErr_Format(PyExc_ValueError, "%U: m and v must be of one dtype", name);
-  if (param_moments(p, type == NPY_FLOAT32 ? FLOAT32 : BFLOAT16)) return finish("Model.set_moments", 1);
+  if (model_gradients(m) || param_moments(m, p, type == NPY_FLOAT32 ? FLOAT32 : BFLOAT16)) return finish("Model.set_moments", 1);
   void *to[] = {p->m, p->v, p->master};
-  for (int i = 0; i < 3; i++)
-    if (to[i]) device_push(to[i], PyArray_DATA((PyArrayObject *)value[i]), p->n * (i < 2 && type == NPY_UINT16 ? 2 : 4));
+  for (int i = 0; i < 3; i++) {
+    const size_t size = i < 2 && type == NPY_UINT16 ? 2 : 4;
+    if (to[i]) device_push(to[i], (const char *)PyArray_DATA((PyArrayObject *)value[i]) + p->first * size, p->held * size);
+  }
   return finish("Model.set_moments", 0);
 }
 
@@ -337,7 +350,7 @@ static PyObject *model_grad_norm(PyObject *self, PyObject *none) {
   (void)none;
   Model *m = &((ModelObject *)self)->m;
   double total = 0;
-  COMPUTE(total = m->gradients ? sum_squares(m->gradients, m->gradient_count) : 0)
+  COMPUTE(total = model_squares(m))
   return checked("Model.grad_norm", PyFloat_FromDouble(sqrt(total)));
 }
 
@@ -360,6 +373,59 @@ static PyObject *model_step_(PyObject *self, PyObject *args) {
   int failed;
   COMPUTE(failed = model_step(m, moments, lr, b1, b2, eps, decay, scale, (size_t)step))
   return finish("Model.step", failed);
+}
+
+/* ---- Model: a rank's part ------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *model_share_(PyObject *self, PyObject *args) {
+  Py_ssize_t rank, ranks;
+  if (!PyArg_ParseTuple(args, "nn", &rank, &ranks)) return NULL;
+  if (rank < 0 || rank >= ranks) return PyErr_Format(PyExc_ValueError, "share: rank %zd is not one of %zd", rank, ranks);
+  model_share(&((ModelObject *)self)->m, (size_t)rank, (size_t)ranks);
+  return finish("Model.share", 0);
+}
+
+static PyObject *model_arena(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  if (model_gradients(m)) return finish("Model.arena", 1);
+  return checked("Model.arena", Py_BuildValue("KnK", (unsigned long long)(uintptr_t)m->gradients, (Py_ssize_t)m->gradient_count,
+                                              (unsigned long long)(uintptr_t)device_stream()));
+}
+
+static PyObject *model_arena_get(PyObject *self, PyObject *none) {
+  (void)none;
+  Model *m = &((ModelObject *)self)->m;
+  if (model_gradients(m)) return finish("Model.arena_get", 1);
+  npy_intp n = (npy_intp)m->gradient_count;
+  void *host = device_host(m->gradients);
+  PyObject *array = host ? PyArray_SimpleNewFromData(1, &n, NPY_FLOAT32, host) : PyArray_SimpleNew(1, &n, NPY_FLOAT32);
+  if (array && host && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(self))) Py_CLEAR(array);
+  if (array && !host) device_pull(PyArray_DATA((PyArrayObject *)array), m->gradients, m->gradient_count * sizeof(float));
+  return array ? checked("Model.arena_get", array) : NULL;
+}
+
+static PyObject *model_arena_put(PyObject *self, PyObject *args) {
+  Model *m = &((ModelObject *)self)->m;
+  Py_ssize_t first;
+  PyObject *value;
+  if (!PyArg_ParseTuple(args, "nO", &first, &value)) return NULL;
+  PyArrayObject *a = (PyArrayObject *)value;
+  const size_t n = PyArray_Check(value) && PyArray_TYPE(a) == NPY_FLOAT32 && PyArray_ISCARRAY_RO(a) ? (size_t)PyArray_SIZE(a) : 0;
+  if (!m->gradients || !n || first < 0 || (size_t)first > m->gradient_count || n > m->gradient_count - (size_t)first)
+    return PyErr_Format(PyExc_ValueError, "arena_put: expected a C-contiguous float32 array that fits the arena");
+  if (device_host(m->gradients + first) != PyArray_DATA(a)) device_push(m->gradients + first, PyArray_DATA(a), n * sizeof(float));
+  return finish("Model.arena_put", 0);
+}
+
+static PyObject *model_exchange_(PyObject *self, PyObject *args) {
+  Model *m = &((ModelObject *)self)->m;
+  size_t bytes;
+  int out;
+  if (!PyArg_ParseTuple(args, "p", &out)) return NULL;
+  if (!m->gradients) return PyErr_Format(PyExc_ValueError, "exchange: no step has been taken");
+  COMPUTE(bytes = model_exchange(m, out))
+  return checked("Model.exchange", PyLong_FromSize_t(bytes));
 }
 
 /* ---- Model: layers ---------------------------------------------------------------------------------------------------------------- */
@@ -729,13 +795,24 @@ static PyMethodDef model_methods[] = {
      "raw(name, first=0, rows=-1) -> the parameter as stored: float32, or uint16 (the bits of bf16); rows < 0: all from `first` on"},
     {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16)"},
     {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
-    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step"},
-    {"set_moments", model_set_moments, METH_VARARGS, "set_moments(name, m, v, master)"},
+    {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step; flat where share\n"
+     "left this rank a part of them"},
+    {"set_moments", model_set_moments, METH_VARARGS, "set_moments(name, m, v, master): the whole arrays, of which a rank takes its part"},
     {"set_trainable", model_set_trainable, METH_VARARGS, "set_trainable(name, bool)"},
     {"clone", model_clone_, METH_NOARGS, "clone() -> a model that shares every parameter until one of the two writes it"},
     {"zero_grad", model_zero_grad, METH_NOARGS, "zero_grad()"},
-    {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of all gradients"},
-    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on the trainable parameters"},
+    {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of this rank's part of the gradients"},
+    {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on this rank's part of the trainable parameters"},
+    {"share", model_share_, METH_VARARGS,
+     "share(rank, ranks): the gradients of all trainable parameters lie in one arena of `ranks` equal parts; moments, master weights and steps\n"
+     "are of the rank-th alone. What there was of them is dropped. (0, 1) at first: all"},
+    {"arena", model_arena, METH_NOARGS, "arena() -> (address on the device, floats, the device's stream)"},
+    {"arena_get", model_arena_get, METH_NOARGS,
+     "arena_get() -> the arena (floats,) float32: on a CPU itself, while the trainable parameters stay what they are, else a copy"},
+    {"arena_put", model_arena_put, METH_VARARGS, "arena_put(first, array float32): writes the arena from its first-th float on"},
+    {"exchange", model_exchange_, METH_VARARGS,
+     "exchange(out) -> n: after a step, this rank's part of the trainable weights as stored to n * rank bytes of the arena, or the others' from\n"
+     "there; the gradients are lost"},
     {"convert", model_convert_, METH_VARARGS, "convert(layer, mixer, from_attention, seed, window, sinks)"},
     {"share_mixer", model_share_mixer_, METH_VARARGS,
      "share_mixer(layer, model): the layer's mixer becomes that of the other model, shared until one of the two writes it"},

@@ -13,7 +13,7 @@ struct Update {
   const float *grad;
   int type;
   float lr, b1, b2, eps, decay, gscale, c1, c2; /* c: what takes the bias from m and v */
-  size_t step;
+  size_t step, first; /* first: in fours */
   uint64_t key;
 
   __device__ void one(float &w, float &m, float &v, float g) const {
@@ -52,7 +52,7 @@ template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size
     store_16(u.w + 4 * i, w);
     if constexpr (HALF) {
       uint32_t word[4], low[4], high[4];
-      moment_bits(word, u.key, i, u.step);
+      moment_bits(word, u.key, u.first + i, u.step);
       for (int k = 0; k < 4; k++) low[k] = word[k] & 0xffff, high[k] = word[k] >> 16;
       store_4(ms + 4 * i, m, low);
       store_4(vs + 4 * i, v, high);
@@ -67,7 +67,7 @@ template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size
     u.one(u.w[i], m, v, u.grad[i]);
     if constexpr (HALF) {
       uint32_t word[4];
-      moment_bits(word, u.key, i / 4, u.step);
+      moment_bits(word, u.key, u.first + i / 4, u.step);
       const uint32_t mine = i % 4 == 0 ? word[0] : i % 4 == 1 ? word[1] : i % 4 == 2 ? word[2] : word[3];
       ms[i] = round_at_random(m, mine & 0xffff), vs[i] = round_at_random(v, mine >> 16);
     } else {
@@ -102,9 +102,9 @@ __global__ void add_up(double *part, size_t n) {
 }  // namespace
 
 void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
-           float decay, float gscale, size_t step, uint64_t key, size_t n) {
+           float decay, float gscale, size_t step, uint64_t key, size_t first, size_t n) {
   const float c1 = (float)(1 / (1 - pow((double)b1, (double)step))), c2 = (float)(1 / (1 - pow((double)b2, (double)step)));
-  const Update u = {w, type == FLOAT32 ? (float *)w : master, grad, type, lr, b1, b2, eps, decay, gscale, c1, c2, step, key};
+  const Update u = {w, type == FLOAT32 ? (float *)w : master, grad, type, lr, b1, b2, eps, decay, gscale, c1, c2, step, first / 4, key};
   const size_t fours = all_aligned(w, u.w, m, v, grad) ? n / 4 : 0;
   const unsigned blocks = blocks_for(fours ? ceil_div(n, 4) : n, 256, 32 * multiprocessors());
   if (moments == FLOAT32)

@@ -247,6 +247,8 @@ void device_copy_rows(void *dst, size_t dst_pitch, const void *src, size_t src_p
 void device_zero(void *p, size_t bytes) {
   if (bytes) CHECK(cudaMemsetAsync(p, 0, bytes, stream()));
 }
+void *device_host(void *) { return nullptr; }
+void *device_stream(void) { return stream(); }
 
 static __global__ void widen(float *to, const real *from, size_t n) {
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) to[i] = load(from + i);

@@ -5,14 +5,23 @@ import argparse
 import json
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from .config import MIXERS, said
+from .parallel import ranks, started
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")  # options of what is generated
 
 def main(argv=None):
-    """Runs one command; -> the exit code."""
+    """Runs one command; -> the exit code. Of a job's ranks, the first one alone speaks."""
+    if started()[0]:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return _main(argv)
+    return _main(argv)
+
+
+def _main(argv):
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
@@ -20,7 +29,10 @@ def main(argv=None):
             parser.error("unrecognized arguments: " + " ".join(rest))
         if rest:  # argparse takes no more positionals once options have come between
             args.prompts += rest
-        args.run(args)
+        if ranks().size > 1 and args.run not in (_distill, _train, _sft, _dpo, _run):
+            raise ValueError("only training shares its work out to ranks; start this command without mpirun")
+        with ranks().job():
+            args.run(args)
         sys.stdout.flush()
         return 0
     except SystemExit as e:  # argparse: --help (0) or a wrong argument (2)

@@ -398,7 +398,11 @@ class Batches:
 
     def batch(self, step):
         """ids, targets, prev of the step-th batch, counted from 0; each (batch, length) int32."""
-        return self._batch(*self._layout(self._step(step)))
+        return self.take(self._step(step))
+
+    def take(self, rows):
+        """A batch of these rows, counted from 0 through all epochs."""
+        return self._batch(*self._layout(rows))
 
     def positions(self, step):
         """Where the tokens of that batch are in self.ids: (batch, length) int64, -1 where there is padding."""

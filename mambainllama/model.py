@@ -6,6 +6,7 @@ import numpy as np
 
 from . import backend
 from .config import architecture, initializer_range, is_dynamic, mamba_config, rope, stop_ids
+from .parallel import ranks
 
 MOMENTS = {"float32": np.float32, "bfloat16": np.uint16}  # and the dtype of their arrays
 KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0, "jensen-shannon": 2}
@@ -114,6 +115,7 @@ class Model:
     def __init__(self, config, mamba=None, device="cpu", dtype="float32"):
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
+        ranks()  # of a job, each takes its share of threads and its GPU before anything computes
         self.module = backend.module(device, dtype)
         self.c = self.module.Model(architecture(config, mamba), dtype)
         self.config, self.device, self.dtype = dict(config), device, dtype
@@ -191,11 +193,11 @@ class Model:
         self.c.zero_grad()
 
     def grad_norm(self):
-        """The norm of all gradients together."""
+        """The norm of all gradients together; of a job's rank: of its part of them."""
         return self.c.grad_norm()
 
     def step(self, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0, step=1, moments="float32"):
-        """One AdamW step on every trainable parameter; gradients are multiplied by `scale` first; `step` counts from 1.
+        """One AdamW step on every trainable parameter (of a job's rank: on its part of them, parallel.py); gradients are multiplied by `scale` first; `step` counts from 1.
 
         moments: "float32" | "bfloat16", how they are kept. bfloat16 ones take half the memory and are rounded up or down at random
         around their values (csrc/ops.h, adamw), by the parameter, the element and `step` alone: the same steps give the same bits.
@@ -206,7 +208,7 @@ class Model:
 
     def moments(self):
         """{name: (m, v, master weights or None)} of the parameters that have taken a step; m and v as stored: float32, or uint16
-        (the bits of bf16)."""
+        (the bits of bf16). Of a job's rank: what it holds, flat where that is not all."""
         found = {name: self.c.moments(name) for name in self.names}
         return {name: values for name, values in found.items() if values}
 

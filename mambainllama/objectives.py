@@ -12,6 +12,7 @@ import numpy as np
 from .cache import Cache, CachedBatches
 from .data import START, Batches, read
 from .model import fits
+from .parallel import ranks
 from .weights import replacing
 
 SAMPLE = 32  # rows that a stage's variances and rollbacks are measured on
@@ -83,7 +84,7 @@ class Alignment(LanguageModelling):
             return
         if fresh:
             self.before = {name: self.model.raw(name) for layer in self.layers for name in self._names(layer)}
-            if path:
+            if path and ranks().first:
                 with replacing(path) as file:
                     np.savez(file, **self.before)
         else:
@@ -165,14 +166,13 @@ def _in_use(batch):
 
 
 def evaluate(objective, batches):
-    """{"loss", metric…} over all that batches() yields, as if it were one batch."""
-    total = {}
+    """{"loss", metric…} over all that batches() yields, as if it were one batch; the ranks of a job share the work."""
+    total, sums = {}, {}
     for batch in batches():
         total = plus(total, objective.counts(batch))
-    sums = {}
-    for batch in batches():
+    for batch in ranks().part(batches()):
         sums = plus(sums, share_of(objective, batch, total))
-    return sums
+    return ranks().sum(sums)
 
 
 def share_of(objective, batch, total, backward=False):

@@ -28,6 +28,7 @@ from .data import rows
 from .generate import generate
 from .info import training_memory
 from .model import fits
+from .parallel import ranks
 from .recipe import DEFAULTS, identity, known, load_recipe, read_recipe, settings
 from .report import axes, image, page, table
 from .train import distill, dpo, sft, train
@@ -60,7 +61,8 @@ def run(recipe, out=None, dry_run=False, progress=None):
     for name, part in plan["run"]:
         if name != "convert" and part["data"] is None:
             raise ValueError(f"the recipe's {name} names no data, and no answer part is before it")
-    return _Run(plan, Path(out), progress).all()
+    with ranks().job():
+        return _Run(plan, Path(out), progress if ranks().first else False).all()
 
 
 def load_plan(recipe):
@@ -118,20 +120,20 @@ class _Run:
         self.current = plan["start"] or plan["teacher"]  # a model, or the folder of one
 
     def all(self):
-        with writing(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
+        self.folder(self.out)
         reports, before = [], {"teacher": self.plan["teacher"], "start": self.plan["start"]}
         for i, (name, part) in enumerate(self.plan["run"]):
             folder = self.out / f"{i + 1}-{name}"
             before = {"before": before, name: json.loads(json.dumps(identity(part), default=str))}
             reports.append(self.part(name, part, folder, before))
-        model = self.model(self.current)
+        model, path = self.model(self.current), self.out / "report.html"
         if not isinstance(self.current, Path):
-            save(model, self.out / "model")
             self.current = self.out / "model"
-        path = self.out / "report.html"
-        with replacing(path) as file:
-            file.write(self.page(reports, model).encode())
+            if ranks().first:
+                save(model, self.current)
+        if ranks().first:
+            with replacing(path) as file:
+                file.write(self.page(reports, model).encode())
         return {"parts": reports, "model": str(self.current), "html": str(path)}
 
     def part(self, name, part, folder, identity):
@@ -139,26 +141,34 @@ class _Run:
             self.current = convert(self.model(self.current), **part)
             return None
         done, mark = folder / "report.json", folder / "part.json"
-        if mark.exists() and json.loads(mark.read_text()) != identity:
+        before, report = ranks().every([json.loads(file.read_text()) if file.exists() else None for file in (mark, done)])[0]
+        if before not in (None, identity):
             raise ValueError(f"{folder} holds a part that began with other settings, or after another part; name another out")
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-        if not mark.exists():
+        self.folder(folder)
+        if ranks().first and not before:
             with replacing(mark) as file:
                 file.write(json.dumps(identity, indent=1).encode())
-        report = json.loads(done.read_text()) if done.exists() else self.work(name, part, folder)
+        report = report or self.work(name, part, folder)
         if name == "answer":
-            with replacing(done) as file:
-                file.write(json.dumps(report).encode())
+            if ranks().first:
+                with replacing(done) as file:
+                    file.write(json.dumps(report).encode())
             return None
         self.current = folder / "model"
         return report
+
+    def folder(self, path):
+        """Makes it, on the first rank, before any goes on."""
+        if ranks().first:
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+        ranks().every(None)
 
     def work(self, name, part, folder):
         data = self.out / part["data"] if isinstance(part["data"], Path) else part["data"]
         how = {key: value for key, value in part.items() if key not in ("data", "reference")}
         if name == "answer":
-            return answer(self.model(self.plan["teacher"]), data, folder / "answers.jsonl", progress=self.progress, **how)
+            return self.answers(data, folder, how)
         model = self.model(self.current)
         if model is self.models.get(self.plan["teacher"]):
             model = convert(model, mamba_layers=[])
@@ -168,6 +178,19 @@ class _Run:
         if name == "dpo":
             return dpo(model, data, how, self.model(self.plan["teacher"]) if part["reference"] == "teacher" else "start", **options)
         return {"train": train, "sft": sft}[name](model, data, how, **options)
+
+    def answers(self, data, folder, how):
+        """The teacher's answers; of a job's ranks each gives a share of them to a file of its own, and the first one joins these."""
+        rank, out = ranks(), folder / "answers.jsonl"
+        own = out if rank.size == 1 else folder / f"answers.{rank.rank}.jsonl"
+        report = answer(self.model(self.plan["teacher"]), data, own, shard=(rank.rank, rank.size), progress=self.progress, **how)
+        files = rank.every(own)
+        if rank.first and rank.size > 1:
+            lines = {json.loads(line)["index"]: line for file in files for line in open(file, "rb")}
+            with replacing(out) as file:
+                file.writelines(lines[index] for index in sorted(lines))
+        rank.every(None)
+        return report
 
     def model(self, which):
         """A model as it is; a folder's, loaded once if it is the teacher's."""

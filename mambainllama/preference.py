@@ -25,6 +25,7 @@ import hashlib
 import numpy as np
 
 from .data import NONE, is_chat, rows, shuffled
+from .parallel import ranks
 from .weights import replacing
 
 
@@ -50,7 +51,11 @@ class Pairs:
 
     def batch(self, step):
         """ids, targets, reference's log-probabilities of the step-th batch, counted from 0; each (2 batch, length)."""
-        return self._stack([self._at(i) for i in range(step * self.size, (step + 1) * self.size)])
+        return self.take(range(step * self.size, (step + 1) * self.size))
+
+    def take(self, numbers):
+        """A batch of these pairs, counted from 0 through all epochs; they rise."""
+        return self._stack([self._at(i) for i in numbers])
 
     def once(self):
         """Yields the batches of one pass in the rows' own order; the last may have fewer pairs."""
@@ -169,9 +174,9 @@ class Preference:
             with np.load(path) as file:
                 if str(file["key"]) == key:
                     flat = file["log_probs"]
-        if flat is None:
+        if not all(ranks().every(flat is not None)):
             flat = np.concatenate([part for pair in _log_probs(self.reference, pairs) for part in pair])
-            if path is not None:
+            if path is not None and ranks().first:
                 with replacing(path) as file:
                     np.savez(file, key=key, log_probs=flat)
         ends = np.cumsum([(targets >= 0).sum() for pair in pairs.pairs for _, targets in pair])
@@ -207,10 +212,10 @@ class Preference:
 
 
 def _log_probs(model, pairs):
-    """Yields of each pair the log-probabilities (chosen's tokens), (rejected's tokens)."""
-    at = 0
-    for ids, targets, _ in pairs.once():
-        found, n = model.log_probs(ids, targets), len(ids) // 2
-        for i in range(n):
-            yield tuple(found[half * n + i, :len(row)][target >= 0] for half, (row, target) in enumerate(pairs.pairs[at + i]))
-        at += n
+    """Of each pair the log-probabilities (chosen's tokens), (rejected's tokens); the ranks of a job share the work."""
+    found = []
+    for at, (ids, targets, _) in ranks().part(zip(range(0, len(pairs), pairs.size), pairs.once())):
+        log_probs, n = model.log_probs(ids, targets), len(ids) // 2
+        found.append([tuple(log_probs[half * n + i, :len(row)][target >= 0] for half, (row, target) in enumerate(pairs.pairs[at + i]))
+                      for i in range(n)])
+    return [pair for batch in ranks().whole(found) for pair in batch]

@@ -7,7 +7,7 @@ clips the norm of the whole gradient; and lets AdamW move the trainable paramete
 
 A run's folder holds metrics.jsonl (a line a step), checkpoint.npz, and when it is done model/ and report.json. What a step computes
 depends on the weights, the moments and the step's number alone, and the checkpoint holds those: a run that goes on from it repeats
-the steps that were lost, bit for bit, on the same module and thread count.
+the steps that were lost, bit for bit, on the same module, thread count and number of ranks (parallel.py).
 
 With a `guard`, recall is measured before the first step, every eval_every steps and at the end ("recall" in metrics.jsonl: its score). A
 run in which it fell by more than the limit ends there, with a checkpoint and a ValueError, and goes on from it only with a larger limit."""
@@ -32,6 +32,7 @@ from .config import said
 from .convert import convert_layers
 from .model import MOMENTS, fits
 from .objectives import LanguageModelling, evaluate, plus, share_of
+from .parallel import ranks
 from .preference import Preference
 from .recall import recall, recall_guard
 from .recipe import DEFAULTS, identity, load_recipe, settings
@@ -107,10 +108,20 @@ METRICS = ("loss", "ce", "kl", "error", "margin", "accuracy", "chosen", "rejecte
 
 def run(model, goal, data, recipe, out=None, progress=None):
     """The loop behind distill, train and dpo. goal: the objective; recipe as load_recipe returns it."""
+    lost = "mambainllama: the job ended early, a rank lost or killed" + (f"; the same command goes on from {out}" if out is not None else "")
+    with ranks().job(lost):
+        return _run(model, goal, data, recipe, out, progress if ranks().first else False)
+
+
+def _run(model, goal, data, recipe, out, progress):
     stages, began = [settings(recipe, stage) for stage in recipe["stages"]], time.perf_counter()
     _check_layers(model, stages)
-    data = goal.read(data, "data", progress)
-    held_out = goal.read(recipe["eval_data"], "eval_data", progress, shuffle=False) if recipe["eval_data"] is not None else None
+    ranks().share(model)
+
+    def read():
+        return (goal.read(data, "data", progress),
+                goal.read(recipe["eval_data"], "eval_data", progress, shuffle=False) if recipe["eval_data"] is not None else None)
+    data, held_out = ranks().in_turn(read)
     lengths = [stage["steps"] or math.ceil(stage["epochs"] * len(data) / (recipe["batch"] * recipe["accumulate"])) for stage in stages]
     folder = status = reference = None
     if out is not None:
@@ -122,6 +133,7 @@ def run(model, goal, data, recipe, out=None, progress=None):
             goal.prepare(batches, folder and folder.path / name, reference)
     if folder:
         status = folder.restore(model)
+    ranks().same(status, "reads another checkpoint than rank 0: out must be a folder that all ranks share")
     status = {"step": 0, "tokens": 0, "seconds": 0.0, "last": None, "ends": [], "guard": None, **(status or {})}
     guard = recipe["guard"]
     if guard and not status["guard"]:
@@ -190,27 +202,36 @@ def rate(recipe, step, steps):
 
 def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
     """One optimiser step; → its {"loss", metric…, "grad_norm", "tokens" (positions computed)}, or None when interrupted: then no parameter has changed."""
-    micro = [data.batch(step * recipe["accumulate"] + a) for a in range(recipe["accumulate"])]
+    size, rows = recipe["batch"], recipe["batch"] * recipe["accumulate"]
+    mine = list(ranks().part(range(step * rows, (step + 1) * rows)))
+    micro = [data.take(mine[i:i + size]) for i in range(0, len(mine), size)]
     total, sums = {}, {}
     for batch in micro:
         total = plus(total, objective.counts(batch))
+    total = ranks().sum(total)
     model.zero_grad()
     for batch in micro:
         sums = plus(sums, share_of(objective, batch, total, backward=True))
         if interrupted():
-            return None
-    norm = model.grad_norm()
+            break
+    sums = ranks().sum({**sums, "tokens": sum(batch[0].size for batch in micro), "stopped": interrupted()})
+    if sums.pop("stopped"):
+        return None
+    ranks().reduce(model)
+    norm = math.hypot(*ranks().every(model.grad_norm()))
     if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
         raise ValueError(f"step {step + 1}: loss {sums['loss']:g} with gradient norm {norm:g}; a smaller lr or a longer warmup may help")
     clip = recipe["clip"]
     model.step(lr, betas=tuple(recipe["betas"]), weight_decay=recipe["weight_decay"], step=adam_step,
                scale=clip / norm if clip and norm > clip else 1.0, moments=recipe["moments"])
-    return {**sums, "grad_norm": norm, "tokens": sum(batch[0].size for batch in micro)}
+    ranks().gather(model)
+    return {**sums, "grad_norm": norm}
 
 
 def _recall(model, guard):
     """What recall returns, as JSON gives it back."""
-    return json.loads(json.dumps(recall(model, **{key: value for key, value in guard.items() if key != "limit"})))
+    found = recall(model, **{key: value for key, value in guard.items() if key != "limit"}) if ranks().first else None
+    return json.loads(json.dumps(ranks().every(found)[0]))
 
 
 def _fell(status, guard):
@@ -240,9 +261,11 @@ def _start(model, stage, data):
         if fresh:
             convert_layers(model, fresh, mixer, stage["init"], stage["seed"], data=data)
     model.trainable(stage["train"])
-    for name, (m, _, master) in model.moments().items():
+    for name, (m, _, master) in ranks().moments(model, everywhere=True):
         zero = np.zeros(m.shape, MOMENTS[stage["moments"]])
         model.set_moments(name, zero, zero, master)
+    if ranks().size > 1:
+        ranks().same(model.fingerprint(), "has other weights than rank 0 at the start of a stage: another processor, or another build")
 
 
 def _report(status, recipe, folder, fill):
@@ -271,18 +294,21 @@ class _Other(ValueError):
 
 
 class Folder:
-    """A run's folder. identity: what the run's numbers depend on, by name; a run goes on only with the same.
+    """A run's folder. identity: what the run's numbers depend on, by name; a run goes on only with the same. Of a job's ranks the first one
+    writes, and all read.
 
     checkpoint.npz is replaced whole or not at all. It holds run.json (identity, status, layer kinds, module, threads, the arrays' names)
     and, as arrays, weight/NAME (as stored: float32 or bf16 bits in uint16) of the parameters that a stage trains or are Mamba's, and m/, v/
-    (as stored), master/NAME. A run with other moments than the checkpoint's is another run, and refused."""
+    (as stored), master/NAME, whole, whatever ranks held them. A run with other moments than the checkpoint's is another run, and refused."""
 
     def __init__(self, path, identity, stages):
         self.path, self.identity, self.stages = Path(path), json.loads(json.dumps(identity)), stages
         self.metrics, self.checkpoint = self.path / "metrics.jsonl", self.path / "checkpoint.npz"
         self.model, self.report = self.path / "model", self.path / "report.json"
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        if ranks().first:
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+        ranks().same(self.identity, "has other data, another recipe or other models than rank 0")
 
     def restore(self, model):
         """Gives model the checkpoint's layers, weights and moments and cuts metrics.jsonl to its step; → its status, None without one."""
@@ -300,6 +326,8 @@ class Folder:
                 raise
             except Exception as error:  # whatever zipfile, zlib, NumPy's header parser … raise for a damaged file
                 raise ValueError(f"{self.checkpoint} is damaged ({said(error)}); without it the run begins again") from None
+        if not ranks().first:
+            return status
         step = status["step"] if status else 0
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         with replacing(self.metrics) as file:
@@ -314,32 +342,40 @@ class Folder:
                 what = f"began with {key} {was!r}, not {now!r}" if shown else f"began with another {key}"
                 raise _Other(f"{self.path} holds a run that {what}; go on with the same, or name another folder")
         for key, now in _machine(model).items():
-            if run["machine"][key] != now:
-                warnings.warn(f"{self.path}: the checkpoint is of {key} {run['machine'][key]} and this is {now}: the run goes on, "
-                              "but not to the same bits", stacklevel=4)
+            was = run["machine"].get(key, 1)
+            if was != now and ranks().first:
+                warnings.warn(f"{self.path}: the checkpoint is of {key} {was} and this is {now}: the run goes on, but not to the same bits",
+                              stacklevel=4)
 
     def save(self, model, status):
         """Writes the checkpoint. OSError: it could not be written; the one before is intact."""
-        moments = model.moments()
-        kept = [name for name in model.names if ".mamba." in name or _trained(name, self.stages)]
-        optimiser = {f"{part}/{name}": array for name, arrays in moments.items() for part, array in zip(("m", "v", "master"), arrays)
-                     if array is not None}
-        run = {"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "machine": _machine(model),
-               "arrays": [*(f"weight/{name}" for name in kept), *optimiser]}
+        moments, arrays = ranks().moments(model), []
+        if not ranks().first:
+            return sum(1 for _ in moments)  # this rank's part goes to the first one
         with replacing(self.checkpoint) as file, zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("run.json", json.dumps(run))
-            for name in kept:
-                _put(archive, f"weight/{name}", model.raw(name))
-            for key, array in optimiser.items():
-                _put(archive, key, array)
+            def put(key, array):
+                arrays.append(key)
+                with archive.open(key + ".npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            for name in model.names:
+                if ".mamba." in name or _trained(name, self.stages):
+                    put(f"weight/{name}", model.raw(name))
+            for name, values in moments:
+                for part, array in zip(("m", "v", "master"), values):
+                    if array is not None:
+                        put(f"{part}/{name}", array)
+            archive.writestr("run.json", json.dumps({"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds,
+                                                     "machine": _machine(model), "arrays": arrays}))
 
     def record(self, record):
+        if not ranks().first:
+            return
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def finish(self, model, report):
         """Writes model/, then report.json, unless an earlier call has."""
-        if not self.report.exists():
+        if ranks().first and not self.report.exists():
             checkpoint.save(model, self.model)
             with replacing(self.report) as file:
                 file.write(json.dumps(report, indent=1).encode())
@@ -354,12 +390,7 @@ def _step_of(line):
 
 
 def _machine(model):
-    return {"module": model.module.__name__.rpartition(".")[2], "threads": model.module.workers()}
-
-
-def _put(archive, key, array):
-    with archive.open(key + ".npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    return {"module": model.module.__name__.rpartition(".")[2], "threads": model.module.workers(), "ranks": ranks().size}
 
 
 def _restore(model, run, stages, file):

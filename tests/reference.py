@@ -309,7 +309,7 @@ def squared_error(a, b):
     return ((f64(a) - f64(b)) ** 2).sum(-1)
 
 
-def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0, key=0):
+def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0, key=0, first=0):
     """AdamW (Loshchilov & Hutter 2019), decoupled decay  ->  w, m, v; given m and v as bf16 bits, such bits, rounded at random"""
     half = np.asarray(m).dtype == np.uint16
     w, m, v, g = f64(w), f64(m), f64(v), gscale * f64(grad)
@@ -318,7 +318,7 @@ def adamw(w, m, v, grad, lr, b1, b2, eps, decay, step, gscale=1.0, key=0):
     mhat, vhat = m / (1 - b1**step), v / (1 - b2**step)
     w = w - lr * (mhat / (np.sqrt(vhat) + eps) + decay * w)
     if half:
-        words = [philox((i, 0, step, 2), (key, 0)) for i in range((m.size + 3) // 4)]
+        words = [philox((first // 4 + i, 0, step, 2), (key, 0)) for i in range((m.size + 3) // 4)]
         words = np.array(words, np.uint32).ravel()[: m.size]
         m, v = (((x.astype(np.float32).view(np.uint32) + random) >> 16).astype(np.uint16) for x, random in
                 ((m, words & 0xFFFF), (v, words >> 16)))

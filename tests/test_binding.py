@@ -16,7 +16,7 @@ every_op = pytest.mark.parametrize("op", NAMES)
 
 SIZES = dict(b=2, t=3, m=4, c=5, o=6, k=7, v=8, h=4, g=2, p=6, q=3, n=3, f=5, s=3, l=40, x=4, d=8, w=4, j=2)
 SCALARS = dict(eps=1e-5, scale=1.0, window=2, sinks=2, silu=1, block=1, temperature=1.0, kind=0, lr=0.1, b1=0.9, b2=0.9, decay=0.1,
-               gscale=1.0, step=1, seed=3, key=5, to=1, count=2, add=1) | {"from": 0}
+               gscale=1.0, step=1, seed=3, key=5, first=16, to=1, count=2, add=1) | {"from": 0}
 
 
 def sizes(module, op):
@@ -247,7 +247,7 @@ def test_refuses_sizes_that_break_a_rule(backend, op, change, word):
     ("selective_scan_forward", dict(ring_B=None), ("ring_x", "ring_B")),
     ("ssd_forward", dict(state=None), ("ring", "state")), ("selective_scan_forward", dict(ring_x=None), ("ring_x",)),
     ("lm_loss_backward", dict(kind=3), ("kind",)), ("lm_loss_forward", dict(temperature=0.0), ("temperature",)),
-    ("adamw", dict(step=0), ("step",)),
+    ("adamw", dict(step=0), ("step",)), ("adamw", dict(first=2), ("first", "4")),
     ("adamw", dict(m=np.zeros(3, np.uint16)), ("m", "v", "dtype")), ("transfer", dict(to=2), ("rows",)), ("transfer", {"from": 3}, ("rows",)),
     ("transfer", dict(count=10**15), ("rows",)), ("conv1d_forward", dict(block=3), ("block",)),
     ("conv1d_forward", dict(block=0), ("block",)), ("conv1d_backward", dict(block=2**40), ("block",)),

@@ -334,13 +334,13 @@ def test_adamw(backend, step, gscale):
 
 
 @sanitize
-@pytest.mark.parametrize("n", [1, 6, 4099])
-def test_adamw_with_bf16_moments(backend, n):
+@pytest.mark.parametrize("n, first", [(1, 0), (6, 16), (4099, 0), (4099, 1 << 20)])
+def test_adamw_with_bf16_moments(backend, n, first):
     """The twin's bits, but where float32 sums stand at the edge between two of them; w moves by the moments before they are rounded."""
     r = np.random.default_rng(1)
     args = backend.prepare("adamw", dict(w=r.standard_normal(n), m=twin.float_to_bf16(r.standard_normal(n)),
                                          v=twin.float_to_bf16(r.random(n)), grad=r.standard_normal(n)))
-    args |= dict(lr=0.3, b1=0.9, b2=0.999, eps=1e-8, decay=0.1, step=7, key=3)
+    args |= dict(lr=0.3, b1=0.9, b2=0.999, eps=1e-8, decay=0.1, step=7, key=3, first=first)
     got, (w, m, v) = backend.call("adamw", args), twin.adamw(**args)
     backend.close(got["w"], w, "w")
     assert (got["m"] != m).sum() <= n / 1000 and (got["v"] != v).sum() <= n / 1000
