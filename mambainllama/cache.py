@@ -195,7 +195,7 @@ class Cache:
 
 
 class CachedBatches(Batches):
-    """Batches of which batch(step) has a fourth part: what the cache has of it."""
+    """Batches of which take(rows) has a fourth part: what the cache has of it."""
 
     def __init__(self, cached, *args, **options):
         super().__init__(*args, **options)
@@ -203,5 +203,6 @@ class CachedBatches(Batches):
         if cached.about["data"] != self.fingerprint:
             raise ValueError(f"{cached.folder} is a cache of other data than this run's: rows, tokenizer and chat template must be the same")
 
-    def batch(self, step):
-        return *super().batch(step), self.cached.at(self.positions(step))
+    def take(self, rows):
+        layout = self._layout(rows)
+        return *self._batch(*layout), self.cached.at(layout[0])
