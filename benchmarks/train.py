@@ -40,7 +40,7 @@ def measure(source, objective, args, batch, recompute):
     rows, length = (2 * batch, args.length // 2) if objective == "dpo" else (batch, args.length)
     ids = np.random.default_rng(ranks().rank).integers(0, CONFIG["vocab_size"], (rows, length + 1)).astype(np.int32)
     x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
-    goal = Preference(student, "start", load_recipe({"steps": 1, "recompute": recompute}))
+    goal = Preference(student, "start", load_recipe({"steps": 1, "beta": 1e-3, "recompute": recompute}))
     student.module.memory(True)
     times = []
     for step in range(args.steps):
@@ -51,7 +51,7 @@ def measure(source, objective, args, batch, recompute):
             student.loss(x, y, teacher=teacher, ce=0.1 if teacher else 1.0, kl=1.0 if teacher else 0.0, backward=True, recompute=recompute)
         ranks().reduce(student)
         norm = math.hypot(*ranks().every(student.grad_norm()))
-        student.step(1e-5, scale=min(1.0, 1.0 / norm), step=step + 1, moments=args.moments)
+        student.step(1e-5, scale=min(1.0, 1.0 / max(norm, 1e-30)), step=step + 1, moments=args.moments)
         ranks().gather(student)
         student.zero_grad()
         times.append(time.perf_counter() - start)

@@ -244,6 +244,9 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
         }
         now = now + 1 < DEPTH ? now + 1 : 0;
       }
+      /* A group that had fewer stages than the first: as many barriers as that. racecheck counts a warp's barriers, of whatever kind, and
+       * takes two accesses behind equally many for simultaneous. */
+      for (unsigned stage = stages; stage < 2 * units_of_part(c.K, split * each + phase); stage++) barrier_of(1 + slot, 32 * SHARE);
       if (c.splits > 1) {
         float4 *const to = (float4 *)c.parts + ((size_t)tile * PARTS + part) * FRAGMENTS * 32 + share * MMAS * COLS * 32 + lane;
 #pragma unroll
@@ -253,7 +256,6 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
         }
         continue;
       }
-      if constexpr (!ALIGNED) __syncthreads(); /* racecheck does not follow the groups' barriers into the loop below */
       for (int s = 0; s < PAR; s++) { /* in the order of the parts */
         if (s == slot) {
           float *const to = total + (share * COLS * 8 + 2 * j) * STRIDE + g;

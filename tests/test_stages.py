@@ -164,7 +164,7 @@ def test_a_run_of_all_stages_on_a_gpu(device):
     _, ours = distill(**device.how, **plan)
     _, cpu = distill(**plan)
     for a, b in zip(ours["stages"], cpu["stages"]):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.1 if device.dtype == "bfloat16" else 1e-2)
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.1 if device.how["dtype"] == "bfloat16" else 1e-2)
 
 
 def test_bad_calibrations():
