@@ -208,7 +208,8 @@ def test_an_error_of_one_rank_is_every_rank_s(tmp_path):
 def test_without_mpi4py_it_is_named(tmp_path):
     code = "import sys; sys.modules['mpi4py'] = None; from mambainllama.cli import main; sys.exit(main(['info', 'x']))"
     for rank in ("0", "1"):
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PMI_RANK": rank, "PMI_SIZE": "2"}, capture_output=True, text=True)
+        env = {**os.environ, "PMI_RANK": rank, "PMI_SIZE": "2", "PYTHONPATH": str(Path(mil.__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True)
         assert done.returncode == 2 and ("pip install 'mambainllama[mpi]'" in done.stderr) == (rank == "0") and "Traceback" not in done.stderr
 
 
