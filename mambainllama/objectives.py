@@ -15,6 +15,7 @@ from .model import fits
 from .parallel import ranks
 from .weights import replacing
 
+LEAST = 1e-6  # of the largest variance of a layer: a layer that adds nothing has none
 SAMPLE = 32  # rows that a stage's variances and rollbacks are measured on
 
 
@@ -120,7 +121,7 @@ class Alignment(LanguageModelling):
             added = (after - before)[:, use].astype(np.float64)
             count, total, squares = count + use.sum(), total + added.sum(axis=1), squares + (added * added).sum(axis=1)
         variance = (squares / count - (total / count) ** 2).sum(axis=1)
-        return np.maximum(variance, np.finfo(np.float32).tiny)
+        return np.maximum(variance, LEAST * variance.max() or 1.0)
 
     def _names(self, layer):
         return [name for name in self.model.names if name.startswith(f"model.layers.{layer}.") and fits(name, self.recipe["train"])]

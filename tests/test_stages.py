@@ -38,6 +38,15 @@ def test_alignment_moves_the_layers_to_the_teacher_s(tmp_path):
     assert all(after[name] == before[name] for name in after if name in before), "a parameter that is not of a mixer moved"
 
 
+def test_a_layer_of_the_teacher_s_that_adds_nothing():
+    """Its variance is 0, and the error of the others still counts."""
+    student, teacher = pair()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    teacher.set(name, np.zeros(teacher.names[name], np.float32))
+    report = mil.distill(student, teacher, rows(1), {**PLAN, "stages": ALIGN[:1]})
+    assert np.isfinite(report["error"])
+
+
 def test_accumulated_alignment_equals_one_batch():
     ends = []
     for batch, accumulate in ((4, 1), (1, 4)):
