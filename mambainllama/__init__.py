@@ -5,6 +5,7 @@ from .answers import answer
 from .cache import cache
 from .checkpoint import load, save
 from .convert import convert
+from .export import export
 from .generate import generate
 from .model import Model, State, random
 from .parity import parity
@@ -13,6 +14,6 @@ from .plan import plan
 from .recall import recall
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "answer", "cache", "convert", "distill", "dpo", "generate", "load", "ops", "parity", "plan", "random",
-           "recall", "run", "save", "sft", "train"]
+__all__ = ["Model", "State", "ablate", "answer", "cache", "convert", "distill", "dpo", "export", "generate", "load", "ops", "parity", "plan",
+           "random", "recall", "run", "save", "sft", "train"]
 __version__ = "0.1.0"

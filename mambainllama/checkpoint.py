@@ -55,19 +55,23 @@ def shapes(arch):
     return out
 
 
+def fused_rows(arch):
+    """{kind of layer: {fused name: {training name: its rows, in order}}}: what inference trees keep in one matrix."""
+    D, E = arch["inner"], arch["kv_heads"] * arch["head_dim"]
+    attention = {"mha.in_proj": {"self_attn.q_proj": D, "self_attn.k_proj": E, "self_attn.v_proj": E},
+                 "mha.out_proj": {"self_attn.o_proj": arch["width"]}}
+    return {"attention": attention, "window": attention, "identity": {},
+            "mamba1": {"mamba.in_proj": {"mamba.in_proj_z": D, "mamba.in_proj_x": E, "mamba.B_proj": E, "mamba.C_proj": D,
+                                         "mamba.dt_proj_down": arch["dt_rank"]}},
+            "mamba2": {}}
+
+
 def training_names(weights, arch):
     """The tensors of `weights` under their training names, exactly those of shapes(arch), as Weights of row slices; none is read.
 
     The fused spelling of inference trees is split: mha.in_proj rows [q; k; v], Mamba-1's mamba.in_proj rows [z; x; B; C; dt].
     ValueError, one sentence with names: tensors missing, unexpected or of another shape, a tied lm_head that differs."""
-    D, E = arch["inner"], arch["kv_heads"] * arch["head_dim"]
-    rows = {"attention": {"mha.in_proj": {"self_attn.q_proj": D, "self_attn.k_proj": E, "self_attn.v_proj": E},
-                          "mha.out_proj": {"self_attn.o_proj": arch["width"]}},
-            "mamba1": {"mamba.in_proj": {"mamba.in_proj_z": D, "mamba.in_proj_x": E, "mamba.B_proj": E, "mamba.C_proj": D,
-                                         "mamba.dt_proj_down": arch["dt_rank"]}},
-            "mamba2": {}, "identity": {}}
-    rows["window"] = rows["attention"]
-    out, unexpected, expected = Weights(weights.where), [], shapes(arch)
+    rows, out, unexpected, expected = fused_rows(arch), Weights(weights.where), [], shapes(arch)
     for name in weights:
         layer, key, form = _split(name)
         parts = rows[arch["kinds"][layer]].get(key) if layer is not None and layer < arch["layers"] else None
@@ -185,26 +189,29 @@ def save(model, folder):
 
     All is written under temporary names and renamed at the end, the weights just before the configs: killed before that, the old
     model is whole. OSError in one sentence: it cannot be written (the old files stay)."""
+    write_folder(model, folder, model.config, model.mamba_config, _Stored(model))
+
+
+def write_folder(model, folder, config, mamba, tensors, write=write_weights, file="model.safetensors"):
+    """As save, with these contents of config.json, of mamba_config.json (None: no such file) and of the weights' file."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make the folder {folder}: {error.strerror}") from None
-    config = dict(model.config)
+    config = dict(config)
     for key in ("dtype", "torch_dtype"):
         if key in config or key == "torch_dtype" and "dtype" not in config:
             config[key] = str(model.dtype)
-    hybrid = any(kind != "attention" for kind in model.layer_kinds)
     with ExitStack() as stack:  # closed in reverse: config.json, without which there is no model, comes last
-        for name, content in (("config.json", config),
-                              ("mamba_config.json", hybrid and mamba_config(config, model.layer_kinds, model.mamba_config))):
+        for name, content in (("config.json", config), ("mamba_config.json", mamba)):
             if content:
-                file = stack.enter_context(replacing(folder / name))
-                file.write(json.dumps(content, indent=2).encode())
-                file.flush()
+                handle = stack.enter_context(replacing(folder / name))
+                handle.write(json.dumps(content, indent=2).encode())
+                handle.flush()
         _copy([model.tokenizer and model.tokenizer.folder, model.folder], folder)
-        write_weights(folder / "model.safetensors", _Stored(model))
-        if not hybrid:
+        write(folder / file, tensors)
+        if not mamba:
             (folder / "mamba_config.json").unlink(missing_ok=True)
 
 

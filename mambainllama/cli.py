@@ -206,6 +206,19 @@ def _parser():
     _sampling(p, 512, 0.7)
     device_and_dtype(p)
 
+    p = command("export", _export, "Write a hybrid as vLLM, transformers (FalconH1) or the paper's own code reads it.", """\
+  mambainllama export hybrid served --to vllm
+  mambainllama export hybrid falcon --to falcon-h1
+  mambainllama export hybrid original --to original --fused --base meta-llama/Llama-3.2-1B-Instruct""")
+    p.add_argument("model", help="folder")
+    p.add_argument("out", type=_folder, help="folder to write")
+    p.add_argument("--to", choices=["vllm", "falcon-h1", "original"], required=True,
+                   help="vllm: for the plug-in qwerky-vllm-models; falcon-h1: transformers' FalconH1 (Mamba-2 only); original: jxiw/MambaInLlama")
+    p.add_argument("--fused", action="store_true", help="original: names as its inference code has them")
+    p.add_argument("--bin", action="store_true", help="original: pytorch_model.bin, which it wants of models on the hub")
+    p.add_argument("--base", metavar="NAME", help="original: the model that it loads first")
+    device_and_dtype(p)
+
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid
   mambainllama info hybrid --json""")
@@ -292,6 +305,12 @@ def _convert(args):
                           **chosen)
     mil.save(student, args.out)
     _note(f"{args.out}: {_kinds(student)}")
+
+
+def _export(args):
+    import mambainllama as mil
+    mil.export(_load(args.model, args), args.out, args.to, args.fused, args.bin, args.base)
+    _note(f"{args.out}: for {args.to}")
 
 
 def _plan(args):

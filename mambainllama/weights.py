@@ -1,4 +1,4 @@
-"""Files of weights: safetensors (read, write) and pytorch_model.bin (read). A file is memory-mapped and checked before
+"""Files of weights: safetensors and pytorch_model.bin, read and written. A file is memory-mapped and checked before
 anything in it is trusted; its tensors are views of the map, so nothing is read before it is used.
 
 Formats: github.com/huggingface/safetensors (README and safetensors/src/tensor.rs for what is refused); PyTorch's zip of a
@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import re
 import struct
@@ -245,6 +246,39 @@ def write_safetensors(path, names, sizes, tensors, mark=""):
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+
+
+def write_torch(path, tensors):
+    """Writes tensors, as write_weights takes them, to path (…/pytorch_model.bin) as torch.save writes a state_dict: a zip of a pickle and
+    one member a tensor. model.safetensors beside it, which readers prefer, goes afterwards. Errors as write_weights."""
+    path = Path(path)
+
+    def pickled(value):
+        return pickle.dumps(value, 2)[2:-1]  # without its protocol and its end
+
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:  # members are stored
+
+        def member(name, data):
+            with archive.open(zipfile.ZipInfo(f"{path.stem}/{name}"), "w", force_zip64=len(data) > 1 << 31) as to:
+                to.write(data)
+
+        opcodes = [b"\x80\x02}("]
+        for i, name in enumerate(tensors):
+            array = np.ascontiguousarray(tensors[name])
+            if array.dtype not in (np.float32, np.uint16):
+                raise ValueError(f"write_torch: {name} is {array.dtype}, expected float32 or uint16 (bfloat16 bits)")
+            kind = b"FloatStorage" if array.dtype == np.float32 else b"BFloat16Storage"
+            strides = tuple(stride // array.itemsize for stride in array.strides)
+            opcodes += [pickled(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", pickled("storage"), b"ctorch\n" + kind + b"\n", pickled(str(i)),
+                        pickled("cpu"), pickled(array.size), b"tQ", pickled(0), pickled(array.shape), pickled(strides),
+                        b"\x89ccollections\nOrderedDict\n)RtR"]
+            member(f"data/{i}", array.reshape(-1).view(np.uint8).data)
+        member("data.pkl", b"".join(opcodes) + b"u.")
+        member("byteorder", b"little")
+        member("version", b"3\n")
+    whole = path.with_name("model.safetensors")
+    for file in (whole, whole.with_name(whole.name + ".index.json"), *_shards_of(whole)):
+        file.unlink(missing_ok=True)
 
 
 def _shards_of(path):
