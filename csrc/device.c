@@ -32,6 +32,9 @@ void *device_alloc(size_t bytes) {
 void device_lock(void) {}
 void device_unlock(void) {}
 const char *device_missing(void) { return NULL; }
+int device_id(void) { return -1; }
+void *device_stream(void) { return NULL; }
+void device_order(void *stream, int ours_first) { (void)stream, (void)ours_first; }
 Recording *recording_new(void) { return NULL; }
 void recording_free(Recording *r) { (void)r; }
 int recording_play(Recording *r) { return (void)r, 0; }

@@ -92,8 +92,8 @@ Param *param_at(Model *m, size_t i, size_t *layer) {
   return i < 3 ? m->top + i : &m->layer[*layer][(i - 3) % PARAM_KINDS];
 }
 
-static void release_buffer(Buffer *b) {
-  if (!b || --b->refs) return;
+void buffer_release(Buffer *b) {
+  if (!b || __atomic_sub_fetch(&b->refs, 1, __ATOMIC_ACQ_REL)) return;
   device_free(b->data);
   free(b);
 }
@@ -107,12 +107,17 @@ static void drop_moments(Param *p) {
 }
 
 void param_release(Param *p) {
-  release_buffer(p->buffer);
+  buffer_release(p->buffer);
   drop_moments(p);
   *p = (Param){0};
 }
 
-static Buffer *new_buffer(size_t bytes) {
+Buffer *buffer_share(Buffer *b) {
+  __atomic_add_fetch(&b->refs, 1, __ATOMIC_RELAXED);
+  return b;
+}
+
+Buffer *buffer_new(size_t bytes) {
   Buffer *b = malloc(sizeof *b);
   void *data = b ? device_alloc(bytes) : NULL;
   if (!data) {
@@ -126,18 +131,17 @@ static Buffer *new_buffer(size_t bytes) {
 
 void param_share(Param *to, const Param *from) {
   if (to->buffer == from->buffer) return;
-  release_buffer(to->buffer);
-  to->buffer = from->buffer;
-  to->buffer->refs++;
+  buffer_release(to->buffer);
+  to->buffer = buffer_share(from->buffer);
 }
 
 /* Copy on write. */
 int param_own(Param *p) {
-  if (p->buffer->refs == 1) return 0;
-  Buffer *b = new_buffer(param_bytes(p));
+  if (__atomic_load_n(&p->buffer->refs, __ATOMIC_ACQUIRE) == 1) return 0;
+  Buffer *b = buffer_new(param_bytes(p));
   if (!b) return -1;
   device_copy(b->data, p->buffer->data, param_bytes(p));
-  release_buffer(p->buffer);
+  buffer_release(p->buffer);
   p->buffer = b;
   return 0;
 }
@@ -179,7 +183,7 @@ static int make_params(Model *m, Param *param, int mixers, int type) {
 #undef W
   for (int i = 0; i < (mixers == TOP ? 3 : PARAM_KINDS); i++)
     if (param[i].name && !param[i].buffer) {
-      if (!(param[i].buffer = new_buffer(param_bytes(param + i)))) return -1;
+      if (!(param[i].buffer = buffer_new(param_bytes(param + i)))) return -1;
       device_zero(param[i].buffer->data, param_bytes(param + i));
     }
   return 0;

@@ -77,8 +77,8 @@ enum {
       PARAM_KINDS
 };
 
-typedef struct { /* refcounted: a student shares what it has not changed with its teacher */
-  int refs;
+typedef struct Buffer { /* refcounted: a student shares what it has not changed with its teacher, DLPack's consumers what they read */
+  int refs;      /* atomic: a consumer may be any thread */
   void *data;
 } Buffer;
 
@@ -177,6 +177,9 @@ int model_set_kind(Model *m, size_t layer, int kind); /* the old mixer's paramet
 void model_share_mixer(Model *m, size_t layer, const Model *from); /* the layer's mixer becomes the other model's, of the same sizes */
 void param_share(Param *to, const Param *from);
 void param_release(Param *p);
+Buffer *buffer_new(size_t bytes); /* one reference; NULL: out of memory */
+Buffer *buffer_share(Buffer *b);
+void buffer_release(Buffer *b);
 int param_own(Param *p);     /* copy on write: afterwards the buffer is this parameter's alone; -1: out of memory */
 /* The elements of a trainable parameter that lie in a rank's part of the arena; of a frozen one, all. */
 typedef struct {

@@ -21,6 +21,7 @@ typedef struct {
   int given;
   double number;
   uint64_t integer; /* an @ scalar, exactly */
+  PyObject *owner;  /* of memory that is not the caller's array: released when the call is over */
 } Arg;
 
 typedef struct {
@@ -111,8 +112,30 @@ static int find_param(const Op *op, const char *name) {
 
 /* ---- checks: each returns 0, or -1 with a sentence set ----------------------------------------------------------------- */
 
-static const char *type_name(char type) {
+static const char *type_name(char type, int on_device) {
+  if (on_device && !type) return sizeof(real) == 2 ? "bfloat16 on this device" : "float32";
   return type == '@' ? "int32" : type == '#' ? "float32 or uint16 (bf16 bits)" : "float32";
+}
+
+/* NumPy's array, or what DLPack describes. */
+static int any_array(const Op *op, const Param *p, PyObject *value, Array *out) {
+  if (!PyArray_Check(value)) {
+    int found = read_dlpack(op->name, p->name, value, out);
+    if (!found)
+      PyErr_Format(PyExc_TypeError, "%s: argument '%s' must be a NumPy array or have __dlpack__, got %s", op->name, p->name, Py_TYPE(value)->tp_name);
+    return found > 0 ? 0 : -1;
+  }
+  PyArrayObject *array = (PyArrayObject *)value;
+  const int type = PyArray_TYPE(array);
+  *out = (Array){.data = PyArray_DATA(array), .dims = PyArray_NDIM(array), .writable = PyArray_ISWRITEABLE(array)};
+  out->type = type == NPY_FLOAT32 ? FLOAT32 : type == NPY_UINT16 ? BFLOAT16 : type == NPY_INT32 ? INT32 : -1;
+  out->contiguous = PyArray_IS_C_CONTIGUOUS(array) && PyArray_ISBEHAVED_RO(array);
+  for (int d = 0; d < out->dims && d < MOST_AXES; d++) out->shape[d] = (size_t)PyArray_DIM(array, d);
+  PyObject *name = PyObject_Str((PyObject *)PyArray_DESCR(array));
+  const char *text = name ? PyUnicode_AsUTF8(name) : NULL;
+  if (text) snprintf(out->dtype, sizeof out->dtype, "%s", text);
+  Py_XDECREF(name);
+  return text ? 0 : -1;
 }
 
 static int read_scalar(const Op *op, const Param *p, PyObject *value, Arg *a) {
@@ -136,35 +159,28 @@ static int read_scalar(const Op *op, const Param *p, PyObject *value, Arg *a) {
   return 0;
 }
 
-static int read_array(const Op *op, const Param *p, PyObject *value, Arg *a, size_t *n, char *bound) {
-  if (!PyArray_Check(value)) {
-    PyErr_Format(PyExc_TypeError, "%s: argument '%s' must be a NumPy array, got %s", op->name, p->name, Py_TYPE(value)->tp_name);
+static int check_array(const Op *op, const Param *p, const Array *array, size_t *n, char *bound) {
+  const int real_type = array->on_device && !p->type ? REAL_TYPE : FLOAT32, half = p->type == '#' && array->type == BFLOAT16;
+  if (!half && array->type != (p->type == '@' ? INT32 : real_type)) {
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be %s, got %s", op->name, p->name, type_name(p->type, array->on_device), array->dtype);
     return -1;
   }
-  PyArrayObject *array = (PyArrayObject *)value;
-  int type = PyArray_TYPE(array), half = p->type == '#' && type == NPY_UINT16;
-  if (!half && type != (p->type == '@' ? NPY_INT32 : NPY_FLOAT32)) {
-    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be %s, got %S", op->name, p->name, type_name(p->type),
-                 (PyObject *)PyArray_DESCR(array));
-    return -1;
-  }
-  if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISBEHAVED_RO(array)) {
+  if (!array->contiguous) {
     PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be a C-contiguous, aligned array in native byte order", op->name,
                  p->name);
     return -1;
   }
-  if (p->in_place && !PyArray_ISWRITEABLE(array)) {
+  if (p->in_place && !array->writable) {
     PyErr_Format(PyExc_ValueError, "%s: argument '%s' is written in place and must be writable", op->name, p->name);
     return -1;
   }
-  if (PyArray_NDIM(array) != p->dims) {
-    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must have %d axes (%s), got %d", op->name, p->name, p->dims, p->letter,
-                 PyArray_NDIM(array));
+  if (array->dims != p->dims) {
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must have %d axes (%s), got %d", op->name, p->name, p->dims, p->letter, array->dims);
     return -1;
   }
   for (int d = 0; d < p->dims; d++) {
     unsigned char letter = (unsigned char)p->letter[d];
-    size_t size = (size_t)PyArray_DIM(array, d);
+    size_t size = array->shape[d];
     if (bound[letter] && n[letter] != size) {
       PyErr_Format(PyExc_ValueError, "%s: argument '%s' has size %zu on axis %d (%c), expected %zu", op->name, p->name, size, d,
                    letter, n[letter]);
@@ -173,11 +189,37 @@ static int read_array(const Op *op, const Param *p, PyObject *value, Arg *a, siz
     bound[letter] = 1;
     n[letter] = size;
   }
-  a->data = a->host = PyArray_DATA(array);
-  a->n = (size_t)PyArray_SIZE(array);
-  a->type = half ? BFLOAT16 : FLOAT32;
-  a->given = 1;
   return 0;
+}
+
+/* Integers of the device, which are checked, come to the host. */
+static int pull_integers(const Op *op, Arg *a, Array *array) {
+  npy_intp count = (npy_intp)a->n;
+  PyObject *copy = PyArray_SimpleNew(1, &count, NPY_INT32);
+  if (!copy) return -1;
+  device_lock();
+  device_pull(PyArray_DATA((PyArrayObject *)copy), array->data, a->n * sizeof(int32_t));
+  const char *failure = device_error();
+  device_unlock();
+  Py_SETREF(a->owner, copy);
+  a->data = a->host = PyArray_DATA((PyArrayObject *)copy);
+  return failure ? (raise_failure(op->name, failure), -1) : 0;
+}
+
+/* On the device already: there is no host's array to lend, and *on_device says so. */
+static int read_array(const Op *op, const Param *p, PyObject *value, Arg *a, size_t *n, char *bound, int *on_device) {
+  Array array = {0};
+  if (any_array(op, p, value, &array)) return -1;
+  a->owner = array.owner;
+  if (check_array(op, p, &array, n, bound)) return -1;
+  a->n = 1;
+  for (int d = 0; d < array.dims; d++) a->n *= array.shape[d];
+  a->type = p->type == '#' ? array.type : FLOAT32;
+  a->given = 1;
+  a->data = array.data;
+  a->host = array.on_device ? NULL : array.data;
+  *on_device |= array.on_device;
+  return array.on_device && p->type == '@' ? pull_integers(op, a, &array) : 0;
 }
 
 /* Rules bind a letter that is not bound yet (d=k*n gives k from d and n). */
@@ -399,10 +441,11 @@ PyObject *raise_failure(const char *where, const char *failure) {
 
 /* ---- the generic caller ------------------------------------------------------------------------------------------------ */
 
-static PyObject *new_output(const Op *op, const Param *p, Arg *a, const size_t *n) {
+static PyObject *new_output(const Op *op, const Param *p, Arg *a, const size_t *n, int on_device) {
   if (p->optional && !has(op, a - (p - op->param), p->name + 1)) Py_RETURN_NONE;
   npy_intp shape[MOST_DIMS];
   for (int d = 0; d < p->dims; d++) shape[d] = (npy_intp)n[(unsigned char)p->letter[d]];
+  if (on_device) return tensor_result(p->type == '@' ? INT32 : p->type ? FLOAT32 : REAL_TYPE, p->dims, shape, &a->data);
   PyObject *array = PyArray_SimpleNew(p->dims, shape, p->type == '@' ? NPY_INT32 : NPY_FLOAT32);
   if (array) a->data = a->host = PyArray_DATA((PyArrayObject *)array), a->n = (size_t)PyArray_SIZE((PyArrayObject *)array);
   return array;
@@ -455,6 +498,7 @@ static PyObject *run_op(const Op *op, PyObject *const *args, Py_ssize_t position
   size_t n[128] = {0};
   char bound[128] = {0};
   double seconds = 0;
+  int on_device = 0; /* an argument is there: results stay there */
   if (positional > op->inputs)
     return PyErr_Format(PyExc_TypeError, "%s: takes %d arguments, got %zd", op->name, op->inputs, positional);
   for (Py_ssize_t i = 0; i < positional; i++) value[i] = args[i];
@@ -470,13 +514,14 @@ static PyObject *run_op(const Op *op, PyObject *const *args, Py_ssize_t position
     const Param *p = op->param + i;
     if (!value[i] || value[i] == Py_None) {
       if (p->optional) continue;
-      return PyErr_Format(PyExc_TypeError, "%s: argument '%s' is missing", op->name, p->name);
+      PyErr_Format(PyExc_TypeError, "%s: argument '%s' is missing", op->name, p->name);
+      goto done;
     }
-    if (p->scalar ? read_scalar(op, p, value[i], a + i) : read_array(op, p, value[i], a + i, n, bound)) return NULL;
+    if (p->scalar ? read_scalar(op, p, value[i], a + i) : read_array(op, p, value[i], a + i, n, bound, &on_device)) goto done;
   }
-  if (check_rules(op, n, bound) || check_values(op, a, n, bound)) return NULL;
+  if (check_rules(op, n, bound) || check_values(op, a, n, bound)) goto done;
   for (int i = op->inputs; i < op->params; i++)
-    if (!(out[i] = new_output(op, op->param + i, a + i, n))) goto done;
+    if (!(out[i] = new_output(op, op->param + i, a + i, n, on_device))) goto done;
   const char *failure;
   Py_BEGIN_ALLOW_THREADS
   device_lock();
@@ -488,6 +533,7 @@ static PyObject *run_op(const Op *op, PyObject *const *args, Py_ssize_t position
       op->thunk(a, n, rows_of(op, a));
   }
   return_all(op, a);
+  if (on_device) device_pull(NULL, NULL, 0); /* waits: the arguments' owners may do with them what they like */
   if (!failure) failure = device_error();
   device_unlock();
   Py_END_ALLOW_THREADS
@@ -505,7 +551,10 @@ static PyObject *run_op(const Op *op, PyObject *const *args, Py_ssize_t position
     for (int i = op->inputs; i < op->params; i++) PyTuple_SET_ITEM(result, i - op->inputs, Py_NewRef(out[i]));
   }
 done:
-  for (int i = op->inputs; i < op->params; i++) Py_XDECREF(out[i]);
+  for (int i = 0; i < op->params; i++) {
+    Py_XDECREF(out[i]);
+    Py_XDECREF(a[i].owner);
+  }
   return result;
 }
 
@@ -555,13 +604,18 @@ static PyObject *py_sum_squares(PyObject *self, PyObject *value) {
   size_t n[128] = {0};
   char bound[128] = {0};
   Arg a = {0};
-  if (read_array(&op, &p, value, &a, n, bound)) return NULL;
+  int on_device = 0;
+  if (read_array(&op, &p, value, &a, n, bound, &on_device)) {
+    Py_XDECREF(a.owner);
+    return NULL;
+  }
   device_lock();
-  a.data = device_lend(a.host, a.n, sizeof(float), 0, 1);
+  if (!on_device) a.data = device_lend(a.host, a.n, sizeof(float), 0, 1);
   double sum = a.data ? sum_squares(a.data, a.n) : 0;
-  device_return(a.host, a.data, a.n, sizeof(float), 0, 0);
+  if (!on_device) device_return(a.host, a.data, a.n, sizeof(float), 0, 0);
   const char *failure = device_error();
   device_unlock();
+  Py_XDECREF(a.owner);
   return failure ? raise_failure("sum_squares", failure) : PyFloat_FromDouble(sum);
 }
 
@@ -622,7 +676,7 @@ static int add_ops(PyObject *module) {
 static int exec_module(PyObject *module) {
   import_array1(-1);
   int blas = find_blas();
-  if (add_ops(module) || add_types(module) || PyModule_AddFunctions(module, functions)) return -1;
+  if (add_ops(module) || add_types(module) || add_tensor(module) || PyModule_AddFunctions(module, functions)) return -1;
   if (PyModule_AddIntConstant(module, "SCAN_RING", SCAN_RING) || PyModule_AddIntConstant(module, "SSD_RING", SSD_RING) ||
       PyModule_AddIntConstant(module, "FEW", FEW) || PyModule_AddIntConstant(module, "PENDING", PENDING))
     return -1;

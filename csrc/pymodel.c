@@ -265,16 +265,26 @@ static int fits(const Param *p, PyObject *value, PyObject *name, int halves) {
   return 0;
 }
 
-static PyObject *model_set(PyObject *self, PyObject *args) {
-  PyObject *name, *value;
-  if (!PyArg_ParseTuple(args, "UO", &name, &value)) return NULL;
+static PyObject *model_tensor(PyObject *self, PyObject *name) {
   Param *p = find((ModelObject *)self, name);
+  npy_intp shape[3];
+  return p ? new_tensor(buffer_share(p->buffer), p->type, shape_of(p, shape), shape, 1) : NULL;
+}
+
+static PyObject *set_param(ModelObject *self, PyObject *name, PyObject *value, int on_device) {
+  Param *p = find(self, name);
   if (!p || !fits(p, value, name, 1)) return NULL;
-  ((ModelObject *)self)->m.version++;
+  self->m.version++;
   if (param_own(p)) return finish("Model.set", 1);
   PyArrayObject *a = (PyArrayObject *)value;
   Matrix src = {PyArray_DATA(a), PyArray_TYPE(a) == NPY_FLOAT32 ? FLOAT32 : BFLOAT16};
   void *staged = NULL;
+  if (on_device) {
+    COMPUTE(copy_rows(p->buffer->data, p->type, 0, src, 0, p->a, p->b);
+            if (p->master) copy_rows(p->master, FLOAT32, 0, matrix(p, 0), 0, p->a, p->b);
+            device_pull(NULL, NULL, 0)) /* waits: the memory is another's */
+    return finish("Model.set", 0);
+  }
   if (src.type != p->type) { /* converted on the host, then pushed */
     staged = malloc(param_bytes(p) + 1);
     if (!staged) return PyErr_NoMemory();
@@ -288,6 +298,25 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
   free(staged);
   param_master(p);
   return finish("Model.set", 0);
+}
+
+static PyObject *model_set(PyObject *self, PyObject *args) {
+  PyObject *name, *value;
+  if (!PyArg_ParseTuple(args, "UO", &name, &value)) return NULL;
+  Array array = {0};
+  int found = PyArray_Check(value) ? 0 : read_dlpack("Model.set", "value", value, &array);
+  if (found <= 0) return found ? NULL : set_param((ModelObject *)self, name, value, 0);
+  PyObject *view = NULL; /* as an array: of the device's memory its shape and type alone are looked at */
+  npy_intp shape[MOST_AXES];
+  for (int d = 0; d < array.dims; d++) shape[d] = (npy_intp)array.shape[d];
+  if (!array.contiguous || array.type < 0 || array.type == INT32)
+    PyErr_Format(PyExc_ValueError, "%U: expected a C-contiguous float32 or bfloat16 array, got %s", name, array.dtype);
+  else
+    view = PyArray_SimpleNewFromData(array.dims, shape, array.type == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16, array.data);
+  PyObject *result = view ? set_param((ModelObject *)self, name, view, array.on_device) : NULL;
+  Py_XDECREF(view);
+  Py_DECREF(array.owner);
+  return result;
 }
 
 static PyObject *model_grad(PyObject *self, PyObject *name) {
@@ -793,7 +822,8 @@ static PyMethodDef model_methods[] = {
     {"get", model_get, METH_O, "get(name) -> the parameter as float32"},
     {"raw", model_raw, METH_VARARGS,
      "raw(name, first=0, rows=-1) -> the parameter as stored: float32, or uint16 (the bits of bf16); rows < 0: all from `first` on"},
-    {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16)"},
+    {"tensor", model_tensor, METH_O, "tensor(name) -> the parameter's own memory, a Tensor"},
+    {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16), NumPy's or with __dlpack__"},
     {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
     {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step; flat where share\n"
      "left this rank a part of them"},

@@ -58,6 +58,24 @@ cudaStream_t stream() {
   return s;
 }
 
+int device_id(void) {
+  int id = 0;
+  CHECK(cudaGetDevice(&id));
+  return id;
+}
+void *device_stream(void) { return stream(); }
+void device_order(void *other, int ours_first) {
+  Guard guard(lock_);
+  static cudaEvent_t event = [] {
+    cudaEvent_t made = {};
+    CHECK(cudaEventCreateWithFlags(&made, cudaEventDisableTiming));
+    return made;
+  }();
+  const cudaStream_t first = ours_first ? stream() : (cudaStream_t)other, second = ours_first ? (cudaStream_t)other : stream();
+  CHECK(cudaEventRecord(event, first));
+  CHECK(cudaStreamWaitEvent(second, event, 0));
+}
+
 static int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   CHECK(cudaGetDevice(&device));

@@ -156,6 +156,13 @@ class Model:
         """The parameter as stored: float32, or uint16 holding the bits of bf16."""
         return self.c.raw(name)
 
+    def tensor(self, name):
+        """The parameter's own memory on its device, for `torch.from_dlpack` and other readers of DLPack: float32 or bfloat16, no copy.
+
+        To be read, not written: models share it. It stays as it is as long as anybody holds it; `set` and a training step then give the
+        parameter new memory."""
+        return self.c.tensor(name)
+
     def fingerprint(self, names=None):
         """Of the parameters' names and bits (default: all), hexadecimal."""
         crc = 0
@@ -164,7 +171,10 @@ class Model:
         return f"{crc:08x}"
 
     def set(self, name, array):
-        """Writes a parameter: float32 (rounded to bf16 where that is how it is stored) or uint16 (the bits of bf16)."""
+        """Writes a parameter: float32 (rounded to bf16 where that is how it is stored) or uint16 (the bits of bf16); or an array of another
+        library with __dlpack__, float32 or bfloat16, which on the model's device is copied there."""
+        if not isinstance(array, (np.ndarray, np.generic)) and hasattr(array, "__dlpack_device__"):
+            return self.c.set(name, array)
         array = np.asarray(array)
         if array.dtype == np.float64 or array.dtype == np.float16:
             array = array.astype(np.float32)

@@ -237,7 +237,7 @@ cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t) {
   emulator::submit([=] { memset(d, v, n); });
   return cudaSuccess;
 }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return cudaSuccess; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = (cudaStream_t)64; return cudaSuccess; } // never dereferenced
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::capture ? emulator::fails(cudaErrorInvalidValue) : cudaSuccess; }
 cudaError_t cudaDeviceSynchronize(void) { return cudaStreamSynchronize(nullptr); }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
