@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import EMBED, HEAD, fused_rows, shapes, write_folder
-from .config import CONV, SCAN_STATE, architecture, show
+from .config import CONV, MAMBAS, SCAN_STATE, architecture, show
 from .weights import write_torch, write_weights
 
 TARGETS = ("vllm", "falcon-h1", "original")
@@ -33,8 +33,8 @@ def export(model, folder, to, fused=False, bin=False, base=None):
             raise ValueError(f"{name} is for to='original' alone")
     arch = architecture(model.config, model.mamba_config)
     mixers = {kind for kind in arch["kinds"] if kind != "attention"}
-    if len(mixers) != 1:
-        raise ValueError(f"{to} takes models with one kind of Mamba layers, and this one has {' and '.join(sorted(mixers)) or 'none'}")
+    if len(mixers) != 1 or not mixers <= set(MAMBAS):
+        raise ValueError(f"{to} takes models with one kind of Mamba layers beside attention, and this one has {' and '.join(sorted(mixers)) or 'none'}")
     mixer = mixers.pop()
     if to == "vllm":
         config, mamba, tensors = _vllm(model, arch, mixer)

@@ -102,6 +102,7 @@ def test_what_a_layout_cannot_hold_is_named(tmp_path, capsys):
     cases = [
         ("falcon-h1", hybrid(rms_norm_eps=1e-6), "rms norm eps: it is 1e-06"), ("vllm", hybrid(rms_norm_eps=1e-6), "rms norm eps"),
         ("falcon-h1", hybrid("mamba1"), "Mamba 1"), ("vllm", hybrid(mamba_layers=[]), "none"),
+        ("vllm", hybrid("window", sliding_window=None), "has window"),
         ("falcon-h1", hybrid(architectures=None, model_type="qwen3", head_dim=8), "q and k norms"),
         ("falcon-h1", hybrid(architectures=None, model_type="mistral", sliding_window=9), "sliding window"),
         ("vllm", hybrid(attention_bias=True), "qkv biases"), ("vllm", hybrid(head_dim=16), "head dim: it is 16"),
