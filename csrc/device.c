@@ -58,7 +58,6 @@ void device_copy_rows(void *dst, size_t dst_pitch, const void *src, size_t src_p
 }
 void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 void *device_host(void *p) { return p; }
-void *device_stream(void) { return NULL; }
 
 void *device_scratch(size_t bytes) {
   static _Thread_local void *scratch;

@@ -34,10 +34,9 @@ void recording_free(Recording *r);
 int recording_play(Recording *r);
 void recording_begin(void);
 void recording_end(Recording *r);
-/* Other libraries' work: which CUDA device this is (-1: the CPU); the stream of our work; what `stream` does from now on waits for ours
+/* Other libraries' work: which CUDA device this is (-1: the CPU); what `stream` does from now on waits for our stream
  * (ours_first), or ours for it. Both may be called by any thread. */
 int device_id(void);
-void *device_stream(void);
 void device_order(void *stream, int ours_first);
 const char *device_missing(void);                                  /* why there is no device to compute on; NULL: there is one */
 const char *device_error(void);                                    /* the latched error, once; NULL: none */

@@ -63,7 +63,6 @@ int device_id(void) {
   CHECK(cudaGetDevice(&id));
   return id;
 }
-void *device_stream(void) { return stream(); }
 void device_order(void *other, int ours_first) {
   Guard guard(lock_);
   static cudaEvent_t event = [] {
