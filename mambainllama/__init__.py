@@ -7,6 +7,7 @@ from .checkpoint import load, save
 from .convert import convert
 from .export import export
 from .generate import generate
+from .hub import push
 from .model import Model, State, random
 from .parity import parity
 from .pipeline import run
@@ -15,5 +16,5 @@ from .recall import recall
 from .train import distill, dpo, sft, train
 
 __all__ = ["Model", "State", "ablate", "answer", "cache", "convert", "distill", "dpo", "export", "generate", "load", "ops", "parity", "plan",
-           "random", "recall", "run", "save", "sft", "train"]
+           "push", "random", "recall", "run", "save", "sft", "train"]
 __version__ = "0.1.0"

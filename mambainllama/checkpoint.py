@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import architecture, mamba_config, read_folder, show
+from .hub import fetch
 from .tokenizer import Tokenizer, stop_tokens
 from .weights import Weights, open_weights, replacing, write_weights
 
@@ -131,14 +132,15 @@ def _mixers(weights, kinds):
 
 
 def load(folder, device="cpu", dtype=None):
-    """The Model in a folder: config.json, mamba_config.json for a hybrid, weights in safetensors or pytorch_model.bin.
+    """The Model in a folder: config.json, mamba_config.json for a hybrid, weights in safetensors or pytorch_model.bin. "org/name" that is no
+    folder, and "org/name@revision", is the hub's model of that name, downloaded once (hub.fetch).
 
     dtype: "float32", "bfloat16" or None, as stored: bfloat16 if every matrix is BF16, else float32 (F16 becomes float32).
     ValueError in one sentence: no such folder, an unsupported architecture, tensors missing, unexpected or misshapen, files
     that are broken or hostile. Everything is checked before the model is made."""
     from .model import Model  # here: reading files needs no extension module
 
-    folder = Path(folder)
+    folder = Path(fetch(folder))
     config, mamba = read_folder(folder)
     weights = open_weights(folder)
     mixer = None

@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     top = _Parser(prog="mambainllama", description="Llama in, Mamba hybrid out: convert, distil, generate.",
-                  epilog="`mambainllama COMMAND --help` has examples of each.")
+                  epilog="`mambainllama COMMAND --help` has examples of each. Where a model's folder is asked for, org/name is the hub's model.")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name, run, help_, example):
@@ -219,6 +219,13 @@ def _parser():
     p.add_argument("--base", metavar="NAME", help="original: the model that it loads first")
     device_and_dtype(p)
 
+    p = command("push", _push, "Upload a model to the Hugging Face hub, with a card made from its run.", """\
+  mambainllama push run org/name
+  mambainllama push hybrid org/name --private""")
+    p.add_argument("folder", help="of a model, or of a run: its `out`")
+    p.add_argument("repo", help="org/name")
+    p.add_argument("--private", action="store_true", help="only its owner sees it")
+
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid
   mambainllama info hybrid --json""")
@@ -307,6 +314,11 @@ def _convert(args):
     _note(f"{args.out}: {_kinds(student)}")
 
 
+def _push(args):
+    import mambainllama as mil
+    print(mil.push(args.folder, args.repo, args.private))
+
+
 def _export(args):
     import mambainllama as mil
     mil.export(_load(args.model, args), args.out, args.to, args.fused, args.bin, args.base)
@@ -382,9 +394,10 @@ def _train(args):
     recipe = _recipe(args)
     if args.model.endswith(".json"):
         from .config import read_json
+        from .hub import fetch
         from .tokenizer import Tokenizer
         model = mil.random(read_json(args.model), seed=recipe.get("seed", 0), device=args.device, dtype=args.dtype)
-        model.tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+        model.tokenizer = Tokenizer(fetch(args.tokenizer, weights=False)) if args.tokenizer else None
     else:
         model = _load(args.model, args)
     _report(mil.train(model, _source(args), recipe, out=args.out), model)

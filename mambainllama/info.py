@@ -4,6 +4,7 @@ from math import prod
 
 from .checkpoint import open_weights, shapes, training_names
 from .config import architecture, read_folder
+from .hub import fetch
 from .model import fits
 from .tokenizer import Tokenizer, stop_tokens
 
@@ -25,6 +26,7 @@ def describe(folder):
     files                     {name: bytes}
 
     ValueError in one sentence for what `load` refuses too: no such folder, another architecture, tensors that do not fit."""
+    folder = fetch(folder)
     config, mamba = read_folder(folder)
     weights = open_weights(folder)
     mixer = "mamba2" if mamba is not None and any(name.endswith(".mamba.dt_bias") for name in weights) else None
