@@ -127,15 +127,14 @@ static int any_array(const Op *op, const Param *p, PyObject *value, Array *out) 
   }
   PyArrayObject *array = (PyArrayObject *)value;
   const int type = PyArray_TYPE(array);
-  *out = (Array){.data = PyArray_DATA(array), .dims = PyArray_NDIM(array), .writable = PyArray_ISWRITEABLE(array)};
+  out->data = PyArray_DATA(array);
+  out->dims = PyArray_NDIM(array);
+  out->writable = PyArray_ISWRITEABLE(array);
   out->type = type == NPY_FLOAT32 ? FLOAT32 : type == NPY_UINT16 ? BFLOAT16 : type == NPY_INT32 ? INT32 : -1;
   out->contiguous = PyArray_IS_C_CONTIGUOUS(array) && PyArray_ISBEHAVED_RO(array);
   for (int d = 0; d < out->dims && d < MOST_AXES; d++) out->shape[d] = (size_t)PyArray_DIM(array, d);
-  PyObject *name = PyObject_Str((PyObject *)PyArray_DESCR(array));
-  const char *text = name ? PyUnicode_AsUTF8(name) : NULL;
-  if (text) snprintf(out->dtype, sizeof out->dtype, "%s", text);
-  Py_XDECREF(name);
-  return text ? 0 : -1;
+  out->descr = (PyObject *)PyArray_DESCR(array);
+  return 0;
 }
 
 static int read_scalar(const Op *op, const Param *p, PyObject *value, Arg *a) {
@@ -162,7 +161,11 @@ static int read_scalar(const Op *op, const Param *p, PyObject *value, Arg *a) {
 static int check_array(const Op *op, const Param *p, const Array *array, size_t *n, char *bound) {
   const int real_type = array->on_device && !p->type ? REAL_TYPE : FLOAT32, half = p->type == '#' && array->type == BFLOAT16;
   if (!half && array->type != (p->type == '@' ? INT32 : real_type)) {
-    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be %s, got %s", op->name, p->name, type_name(p->type, array->on_device), array->dtype);
+    const char *wanted = type_name(p->type, array->on_device);
+    if (array->descr)
+      PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be %s, got %S", op->name, p->name, wanted, array->descr);
+    else
+      PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be %s, got %s", op->name, p->name, wanted, array->dtype);
     return -1;
   }
   if (!array->contiguous) {

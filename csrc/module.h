@@ -25,11 +25,11 @@ PyObject *raise_failure(const char *where, const char *failure);
 int add_types(PyObject *module); /* pymodel.c: Model and State */
 
 /* dlpack.c. An array of another library: its memory, which `owner` holds until it is released. type: FLOAT32 | BFLOAT16 (uint16 too) | INT32,
- * -1: another, which `dtype` names. */
+ * -1: another, which `dtype` names, or for an array of NumPy's `descr` (borrowed). */
 enum { MOST_AXES = 8, INT32 = 2, REAL_TYPE = sizeof(real) == 2 ? BFLOAT16 : FLOAT32 };
 typedef struct {
   void *data;
-  PyObject *owner;
+  PyObject *owner, *descr;
   int on_device, writable, contiguous, type, dims;
   size_t shape[MOST_AXES];
   char dtype[16];

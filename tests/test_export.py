@@ -87,6 +87,10 @@ def test_vllm_folder_has_what_the_plug_in_reads(tmp_path, mixer):
             assert all(same(rows[1][8 * h : 8 * h + 8], ours[48 + 8 * (h // 3) :][:8]) for h in range(6))
             assert all(same(rows[2][8 * h : 8 * h + 8], ours[64 + 8 * (h // 3) :][:8]) for h in range(6))
             assert len(weights[f"model.layers.{i}.mamba.conv1d.bias"]) == sum(sizes[1:4])
+    if mixer == "mamba2":  # what FalconH1, whose logits transformers confirms, has of these layers
+        mil.export(model, tmp_path / "falcon", "falcon-h1")
+        falcon, names = open_weights(tmp_path / "falcon"), [name for name in weights if ".mamba." in name]
+        assert len(names) == 16 and all(same(weights[name], falcon[name]) for name in names)
 
 
 def test_vllm_adds_the_bias_of_dt_twice(tmp_path):
