@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import same
 from mambainllama.cli import main
+from mambainllama.config import architecture
 from mambainllama.weights import open_weights
 
 DATA = Path(__file__).parent / "data"
@@ -167,10 +168,12 @@ def test_bin_is_read_by_torch(tmp_path, fused):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
-def test_vllm_plug_in_loads_everything(tmp_path, mixer, monkeypatch):
-    """The plug-in's own load_weights, with parameters that note what they are given; vLLM itself is not needed (pip install --no-deps)."""
+def test_what_vllm_plug_in_loads_computes_the_same(tmp_path, mixer, monkeypatch):
+    """The plug-in's own load_weights, with parameters that note what they are given, and float64 layers on these: MambaMixer2 with n_groups =
+    num_heads, the plug-in's Mamba-1. vLLM itself, which needs a GPU, is not there (pip install --no-deps qwerky-vllm-models einops)."""
     torch = pytest.importorskip("torch")
     plug_in = pytest.importorskip("qwerky_vllm_models.modeling.model")
+    import torch_hybrid
     from qwerky_vllm_models.configuration import MambaInLlamaMambaConfig
     model = hybrid(mixer, tie_word_embeddings=True)
     mil.export(model, tmp_path, "vllm")
@@ -205,3 +208,16 @@ def test_vllm_plug_in_loads_everything(tmp_path, mixer, monkeypatch):
     assert plug_in.MambaInLlamaMambaForCausalLMNative.load_weights(Holder(), tensors) == set(shapes)
     for name, parts in given.items():
         assert sum(len(tensor) for _, tensor in parts) == shapes[name][0] and all(t.shape[1:] == shapes[name][1:] for _, t in parts), name
+    places, loaded = {"gate_up_proj": ["gate_proj", "up_proj"], "in_proj": ["in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down"]}, {}
+    for name, parts in given.items():
+        for part, tensor in parts:
+            group = name.split(".")[-2]
+            to = name if part is None else name.replace(group, f"{part}_proj" if group == "qkv_proj" else places[group][part])
+            loaded[to + "_log" if to.endswith(".A") else to] = tensor.double()
+    kinds = ["attention" if i in config.attn_layers else mixer for i in range(3)]
+    arch = architecture(model.config) | {"kinds": kinds, "norm_eps": config.rms_norm_eps, "eps": config.rms_norm_eps, "heads": config.num_attention_heads}
+    second = torch_hybrid.mamba2
+    monkeypatch.setitem(torch_hybrid.MIXERS, "mamba2", lambda p, u, c: second(p, u, c | {"kv_heads": config.mamba_n_groups, "heads": config.mamba_num_heads}))
+    arch["inv_freq"] = torch.tensor(arch["inv_freq"])
+    expected, got = torch_hybrid.logits(loaded, torch.tensor(IDS), arch).numpy(), model.logits(IDS)
+    assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
