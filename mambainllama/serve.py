@@ -376,8 +376,8 @@ class Api:
                 finish = row.out.finish if text is None else None
                 delta = {"content": text} if asked.chat and text else {} if asked.chat else text or ""
                 yield event({**head, "choices": [_piece(asked, row, delta, logprobs if tokens else None, finish) | shown]})
-        except (ClientDisconnect, asyncio.CancelledError):
-            raise
+        except ClientDisconnect:
+            return
         except Exception as error:
             yield event(Refused(500, f"the model failed: {said(error)}").error)
             return
@@ -486,16 +486,22 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(model, draft=None, lookahead=4, host="127.0.0.1", port=8000, name=None, api_key=None, ready=print, **sizes):
-    """Serves until SIGTERM or Ctrl-C. port 0: a free one. ready is called with the line that says where, once connections are accepted.
-    sizes: rows, context, cache and queue of Engine.  OSError, one sentence: an address that cannot be had."""
-    name = name or (Path(model.folder).resolve().name if model.folder else "mambainllama")
+def listen(host, port):
+    """A listening socket. OSError, one sentence: an address that cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or said(error)}") from None
-    with listening:
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited: head and body of an answer are two writes
+    return listening
+
+
+def serve(model, draft=None, lookahead=4, host="127.0.0.1", port=8000, name=None, api_key=None, ready=print, **sizes):
+    """Serves until SIGTERM or Ctrl-C. port 0: a free one. ready is called with the line that says where, once connections are accepted.
+    sizes: rows, context, cache and queue of Engine."""
+    name = name or (Path(model.folder).resolve().name if model.folder else "mambainllama")
+    with listen(host, port) as listening:
         engine = Engine(model, draft, lookahead, **sizes)
         server = _Server(Api(engine, name, api_key).app, engine)
         where = f"[{host}]" if ":" in host else host
