@@ -117,7 +117,7 @@ int model_logits(Model *m, State *s, float *logits, const int32_t *ids, const Ro
 
 enum { SAMPLE, PROPOSE, ACCEPT }; /* what a uniform is used for */
 
-/* The round's own memory on the device. What the host gives is in front: keys (3,U) of the U = B (3K+1) uniforms, settings, ids; of
+/* The round's own memory on the device. What the host gives is in front: keys (5,U) of the U = B (3K+1) uniforms, settings, ids; of
  * ids (B,K+1) only the first column. Then proposed (B,K), accepted, token: what the host gets; then chosen (B), u_propose (K,B),
  * u_accept (B,K), u_sample (B,K+1), and the draft's logits (B,K,V). */
 typedef struct {
@@ -127,7 +127,7 @@ typedef struct {
 } Buffers;
 
 static int round_begin(Buffers *d, const Round *r, size_t V) {
-  const size_t B = r->B, K = r->K, U = B * (3 * K + 1), words = 3 * U + 5 * B + B * (K + 1);
+  const size_t B = r->B, K = r->K, U = B * (3 * K + 1), words = 5 * U + 5 * B + B * (K + 1);
   int32_t *host = calloc(words, sizeof *host);
   d->data = host ? device_alloc((words + B * K + 3 * B + U + B * K * V) * sizeof *host) : NULL;
   if (!d->data) {
@@ -139,18 +139,19 @@ static int round_begin(Buffers *d, const Round *r, size_t V) {
     const size_t j = i - (use == PROPOSE ? 0 : use == ACCEPT ? B * K : 2 * B * K), width = use == SAMPLE ? K + 1 : K;
     const size_t b = use == PROPOSE ? j % B : j / width, t = use == PROPOSE ? j / B : j % width;
     host[i] = r->index[b], host[U + i] = r->at[b] + (int32_t)t, host[2 * U + i] = use;
+    host[3 * U + i] = r->seed[2 * b], host[4 * U + i] = r->seed[2 * b + 1];
   }
   const void *from[] = {r->count, r->top_k, r->temperature, r->top_p, r->min_p};
-  for (size_t i = 0; i < 5; i++) memcpy(host + 3 * U + i * B, from[i], B * sizeof *host);
-  for (size_t b = 0; b < B; b++) host[3 * U + 5 * B + b * (K + 1)] = r->last[b];
+  for (size_t i = 0; i < 5; i++) memcpy(host + 5 * U + i * B, from[i], B * sizeof *host);
+  for (size_t b = 0; b < B; b++) host[5 * U + 5 * B + b * (K + 1)] = r->last[b];
   device_push(d->data, host, words * sizeof *host);
   free(host);
-  d->keys = d->data, d->count = d->keys + 3 * U, d->top_k = d->count + B;
+  d->keys = d->data, d->count = d->keys + 5 * U, d->top_k = d->count + B;
   d->temperature = (float *)(d->top_k + B), d->top_p = d->temperature + B, d->min_p = d->top_p + B;
   d->ids = (int32_t *)(d->min_p + B), d->proposed = d->ids + B * (K + 1), d->accepted = d->proposed + B * K;
   d->token = d->accepted + B, d->chosen = d->token + B;
   d->u_propose = (float *)(d->chosen + B), d->u_accept = d->u_propose + B * K, d->u_sample = d->u_accept + B * K, d->logits = d->u_propose + U;
-  uniform(d->u_propose, d->keys, d->keys + U, d->keys + 2 * U, r->seed, U);
+  uniform(d->u_propose, d->keys, d->keys + U, d->keys + 2 * U, d->keys + 3 * U, d->keys + 4 * U, U);
   return 0;
 }
 

@@ -236,8 +236,7 @@ typedef struct {
   const int32_t *unread, *keep;        /* (B,U), (B) tokens that the draft has not read yet, `last` being the last of them */
   const int32_t *index, *at, *count;   /* (B) prompt, position of the round's first token, proposals that count */
   const float *temperature, *top_p, *min_p;
-  const int32_t *top_k;
-  uint64_t seed;
+  const int32_t *top_k, *seed;         /* seed (B,2): its low and high word */
 } Round;
 /* proposed (B,K)  accepted, token (B)  logits (B,K+1,V) or NULL */
 int model_round(Model *m, State *s, Model *draft, State *draft_state, const Round *r, int32_t *proposed, int32_t *accepted, int32_t *token,

@@ -253,8 +253,9 @@ void sample(int32_t *token, const float *logits, const float *temperature, const
 void verify(int32_t *accepted, int32_t *token, const float *logits, const int32_t *draft, const float *draft_logits,
             const int32_t *count, const float *temperature, const int32_t *top_k, const float *top_p, const float *min_p,
             const float *u_accept, const float *u_sample, size_t B, size_t K, size_t V);
-/* u[b] in [0,1): the first word of Philox4x32-10 (Salmon et al. 2011), key = seed (low, high), counter = (index, position, use, 0). */
-void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, uint64_t seed, size_t B);
+/* u[b] in [0,1): the first word of Philox4x32-10 (Salmon et al. 2011), key = (low, high), the seed's words, counter = (index, position,
+ * use, 0). */
+void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high, size_t B);
 
 /* ---- transfer.c ---------------------------------------------------------------------------------------------------- */
 

@@ -125,9 +125,9 @@ ROW(verify,
     "accepted@:b token@:b",
     "l=k+1 v>0", 0, "Speculative acceptance and resampling (Leviathan et al. 2023); row b drafted count (default k) tokens.",
     verify(i32(10), i32(11), f(0), i32(1), f(2), i32(3), f(4), i32(5), f(6), f(7), f(8), f(9), n['b'], n['k'], n['v']))
-ROW(uniform, "index@:b position@:b use@:b seed@:1 -> u%:b", "", 0,
-    "Philox4x32-10 (Salmon et al. 2011): key seed, counter (index, position, use, 0), first word to [0,1).",
-    uniform(f(4), i32(0), i32(1), i32(2), a[3].integer, n['b']))
+ROW(uniform, "index@:b position@:b use@:b low@:b high@:b -> u%:b", "", 0,
+    "Philox4x32-10 (Salmon et al. 2011): key (low, high), a seed's words, counter (index, position, use, 0), first word to [0,1).",
+    uniform(f(5), i32(0), i32(1), i32(2), i32(3), i32(4), n['b']))
 ROW(transfer, "dst#!:nk src#:mk to@:1 from@:1 count@:1 ->", "", 0,
     "Row copies from attention to Mamba: dst[to:to+count] = src[from:from+count], byte-exact for equal dtypes.",
     copy_rows(a[0].data, a[0].type, whole(2, 0), mat(1), whole(3, 0), whole(4, 0), n['k']))

@@ -760,11 +760,10 @@ static PyObject *model_top_(PyObject *self, PyObject *args) {
 /* One round (model.h, Round): checks against both States here. */
 static PyObject *model_round_(PyObject *self, PyObject *args) {
   ModelObject *o = (ModelObject *)self;
-  PyObject *state_value, *draft_value, *draft_state_value, *in[11];
-  unsigned long long seed;
+  PyObject *state_value, *draft_value, *draft_state_value, *in[12];
   int want;
-  if (!PyArg_ParseTuple(args, "O!OO(OOOOOOO)(OOOO)Kp", state_type, &state_value, &draft_value, &draft_state_value, in, in + 1, in + 2, in + 3, in + 4,
-                        in + 5, in + 6, in + 7, in + 8, in + 9, in + 10, &seed, &want))
+  if (!PyArg_ParseTuple(args, "O!OO(OOOOOOO)(OOOOO)p", state_type, &state_value, &draft_value, &draft_state_value, in, in + 1, in + 2, in + 3, in + 4,
+                        in + 5, in + 6, in + 7, in + 8, in + 9, in + 10, in + 11, &want))
     return NULL;
   StateObject *state = (StateObject *)state_value, *draft_state = NULL;
   ModelObject *draft = NULL;
@@ -776,7 +775,7 @@ static PyObject *model_round_(PyObject *self, PyObject *args) {
       return PyErr_Format(PyExc_ValueError, "round: the draft's vocabulary has %zu tokens, the model's %zu", draft->m.c.vocab, o->m.c.vocab);
   }
   const long far = 1 << 30, vocab = (long)o->m.c.vocab - 1;
-  Round r = {.B = PyArray_Check(in[0]) ? (size_t)PyArray_SIZE((PyArrayObject *)in[0]) : 0, .seed = seed};
+  Round r = {.B = PyArray_Check(in[0]) ? (size_t)PyArray_SIZE((PyArrayObject *)in[0]) : 0};
   if (!r.B || !(r.slot = ints(in[0], "slot", r.B, 0, (long)state->s.slots - 1)) || !(r.last = ints(in[1], "last", r.B, 0, vocab)) ||
       !(r.index = ints(in[2], "index", r.B, 0, INT32_MAX)) || !(r.at = ints(in[3], "at", r.B, 0, far)) || !(r.count = ints(in[4], "count", r.B, 0, FEW - 1)))
     return NULL;
@@ -786,7 +785,8 @@ static PyObject *model_round_(PyObject *self, PyObject *args) {
     if (!(r.unread = ints(in[5], "unread", r.B * r.U, 0, vocab)) || !(r.keep = ints(in[6], "keep", r.B, 1, (long)r.U))) return NULL;
   }
   if (!(r.temperature = floats(in[7], "temperature", r.B)) || !(r.top_k = ints(in[8], "top_k", r.B, 0, INT32_MAX)) ||
-      !(r.top_p = floats(in[9], "top_p", r.B)) || !(r.min_p = floats(in[10], "min_p", r.B)))
+      !(r.top_p = floats(in[9], "top_p", r.B)) || !(r.min_p = floats(in[10], "min_p", r.B)) ||
+      !(r.seed = ints(in[11], "seed", 2 * r.B, INT32_MIN, INT32_MAX)))
     return NULL;
   if (r.U > FEW) return PyErr_Format(PyExc_ValueError, "round: at most %d unread tokens, got %zu", FEW, r.U);
   if (check_rows("round", r.slot, NULL, 1, r.B, 0, state->s.slots)) return NULL;
@@ -850,7 +850,7 @@ static PyMethodDef model_methods[] = {
     {"set_rope", model_set_rope, METH_VARARGS, "set_rope(inv_freq, scale)"},
     {"logits", (PyCFunction)(void (*)(void))model_logits_, METH_VARARGS | METH_KEYWORDS, "logits(ids, state, keep, slot, prev, last, extend)"},
     {"round", model_round_, METH_VARARGS,
-     "round(state, draft, draft_state, (slot, last, index, at, count, unread, keep), (temperature, top_k, top_p, min_p), seed, want_logits)\n"
+     "round(state, draft, draft_state, (slot, last, index, at, count, unread, keep), (temperature, top_k, top_p, min_p, seed (B,2)), want_logits)\n"
      "-> (proposed, accepted, token, logits or None)"},
     {"loss", (PyCFunction)(void (*)(void))model_loss_, METH_VARARGS | METH_KEYWORDS,
      "loss(ids, targets, wce, wkl, teacher or (ids, log_probs, tail), prev, temperature, kind, backward, recompute) -> ce, kl of each"},
@@ -903,6 +903,16 @@ static PyObject *state_size(PyObject *self, void *which) {
   return PyLong_FromSize_t(which ? s->capacity : s->slots);
 }
 
+static Cache *cache_at(State *s, size_t i) { return &s->layer[i / MOST_CACHES][i % MOST_CACHES]; }
+
+static PyObject *state_row_bytes(PyObject *self, void *none) {
+  (void)none;
+  State *s = &((StateObject *)self)->s;
+  size_t bytes = 0;
+  for (size_t i = 0; i < s->layers * MOST_CACHES; i++) bytes += cache_at(s, i)->rows * cache_at(s, i)->row_bytes;
+  return PyLong_FromSize_t(bytes);
+}
+
 /* commit(rows, n, path or None): all rows checked before any moves */
 static PyObject *state_commit_(PyObject *self, PyObject *args) {
   State *s = &((StateObject *)self)->s;
@@ -948,8 +958,6 @@ static PyObject *state_copy_(PyObject *self, PyObject *args) {
   state_copy(s, (size_t)to, (size_t)from);
   return finish("State.copy", 0);
 }
-
-static Cache *cache_at(State *s, size_t i) { return &s->layer[i / MOST_CACHES][i % MOST_CACHES]; }
 
 /* dump() -> [bytes as uint8 arrays, a cache each], restore(list) */
 static PyObject *state_dump(PyObject *self, PyObject *none) {
@@ -1020,6 +1028,7 @@ static PyGetSetDef state_getters[] = {{"pos", state_counter, NULL, "committed to
                                       {"pending", state_counter, NULL, "tokens that wait for commit a row (B,), a copy", (void *)1},
                                       {"batch", state_size, NULL, "rows", NULL},
                                       {"capacity", state_size, NULL, "most tokens a row", (void *)1},
+                                      {"row_bytes", state_row_bytes, NULL, "memory of a row", NULL},
                                       {0}};
 
 static PyType_Slot model_slots[] = {{Py_tp_new, model_new}, {Py_tp_dealloc, model_dealloc}, {Py_tp_methods, model_methods},

@@ -187,10 +187,10 @@ void verify(int32_t *accepted, int32_t *token, const float *logits, const int32_
   parallel(verify_rows, &a, B, 50.0 * (K + 1) * V);
 }
 
-void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, uint64_t seed, size_t B) {
+void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high, size_t B) {
   for (size_t b = 0; b < B; b++) {
     uint32_t word[4] = {(uint32_t)index[b], (uint32_t)position[b], (uint32_t)use[b], 0};
-    philox(word, word, seed);
+    philox(word, word, (uint64_t)(uint32_t)high[b] << 32 | (uint32_t)low[b]);
     u[b] = (float)(word[0] >> 8) * 0x1p-24f;
   }
 }

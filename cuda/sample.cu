@@ -489,11 +489,11 @@ __global__ void __launch_bounds__(THREADS) draw_tokens(const __grid_constant__ C
   }
 }
 
-__global__ void uniform_values(float *u, const int32_t *index, const int32_t *position, const int32_t *use, uint64_t seed,
-                               size_t n) {
+__global__ void uniform_values(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low,
+                               const int32_t *high, size_t n) {
   for (size_t b = (size_t)blockIdx.x * blockDim.x + threadIdx.x; b < n; b += (size_t)gridDim.x * blockDim.x) {
     uint32_t word[4] = {(uint32_t)index[b], (uint32_t)position[b], (uint32_t)use[b], 0};
-    philox(word, word, seed);
+    philox(word, word, (uint64_t)(uint32_t)high[b] << 32 | (uint32_t)low[b]);
     u[b] = (float)(word[0] >> 8) * 0x1p-24f;
   }
 }
@@ -527,6 +527,6 @@ void sample(int32_t *token, const float *logits, const float *temperature, const
   verify(nullptr, token, logits, nullptr, nullptr, nullptr, temperature, top_k, top_p, min_p, nullptr, u, B, 0, V);
 }
 
-void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, uint64_t seed, size_t B) {
-  LAUNCH(uniform_values, blocks_for(B, 128), 128, 0, u, index, position, use, seed, B);
+void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high, size_t B) {
+  LAUNCH(uniform_values, blocks_for(B, 128), 128, 0, u, index, position, use, low, high, B);
 }

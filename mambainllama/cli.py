@@ -226,6 +226,23 @@ def _parser():
     p.add_argument("repo", help="org/name")
     p.add_argument("--private", action="store_true", help="only its owner sees it")
 
+    p = command("serve", _serve, "Serve a model to OpenAI's clients, and a page to chat with it; Ctrl-C ends, twice at once.", """\
+  mambainllama serve hybrid
+  mambainllama serve hybrid --draft small-hybrid --device cuda --context 8192 --port 8080
+  curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'""")
+    p.add_argument("model", help="folder")
+    p.add_argument("--draft", metavar="FOLDER", help="a smaller model of the same vocabulary that proposes tokens")
+    p.add_argument("--lookahead", type=int, metavar="K", default=4, help="tokens that the draft proposes a round (default: 4)")
+    p.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one, which is printed (default: 8000)")
+    p.add_argument("--name", help="what the model is called in answers (default: the folder's name); requests may call it anything")
+    p.add_argument("--api-key", metavar="KEY", default=os.environ.get("MIL_API_KEY"), help="asked of clients (default: MIL_API_KEY, else none)")
+    p.add_argument("--rows", type=int, metavar="N", help="requests decoded side by side (default: 16, on a GPU 32)")
+    p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer (default: the model's, at most 4096)")
+    p.add_argument("--queue", type=int, metavar="N", default=1024, help="most requests that wait (default: 1024)")
+    p.add_argument("--cache", type=int, metavar="MIB", default=1024, help="memory for states of prompts' beginnings (default: 1024)")
+    device_and_dtype(p)
+
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid
   mambainllama info hybrid --json""")
@@ -531,6 +548,17 @@ def _chat(args):
             _note(f"[{_speed(out.stats)}]")
             talk.append({"role": "assistant", "content": out[0].text})
             options["seed"] += 1
+
+
+def _serve(args):
+    try:
+        from .serve import serve
+    except ImportError as error:
+        raise ValueError(f"serve needs Starlette and uvicorn ({error}): pip install 'mambainllama[serve]'") from None
+    model = _load(args.model, args)
+    draft = _load(args.draft, args) if args.draft else None
+    serve(model, draft, args.lookahead, args.host, args.port, args.name, args.api_key, ready=lambda line: print(line, flush=True),
+          rows=args.rows, context=args.context, queue=args.queue, cache=args.cache << 20)
 
 
 def _kinds(model):

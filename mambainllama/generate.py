@@ -19,10 +19,10 @@ import numpy as np
 
 from .model import Model, State
 
-CHUNK = 2048  # tokens of one prefill call
+PART = {"cpu": 256, "cuda": 1024}  # part_size, by device
 MAX_LOOKAHEAD = 15  # last token + lookahead <= 16 tokens, the calls in which a row's bits are its own (FEW in ops.h)
 ROWS = 32  # rows decoded side by side unless `batch` says otherwise
-CHOICES = ("temperature", "top_k", "top_p", "min_p")
+CHOICES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32, "index": np.int32}  # one a row
 
 
 @dataclass
@@ -97,7 +97,7 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     }
     stops = _stop_strings(model, stop)
     ends = _stop_ids(model, stop_tokens)
-    lookahead = _lookahead(model, draft, lookahead)
+    lookahead = lookahead_of(model, draft, lookahead)
     V = model.config["vocab_size"]
     if logprobs is not None and not (isinstance(logprobs, (int, np.integer)) and 0 <= logprobs <= V):
         raise ValueError(f"generate: logprobs must be None or 0 to {V} tokens, not {logprobs!r}")
@@ -109,47 +109,87 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
         if value is not None and not callable(value):
             raise ValueError(f"generate: {name} must be None or a function of ({of}), not {value!r}")
 
-    rows = [_Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback, finished)
-            for i, ids in enumerate(prompts)]
+    rows = [Row(i, ids, int(limit[i]), model.tokenizer, stops, ends, logprobs, callback, finished,
+                {name: values[i] for name, values in choose.items()}, int(seed)) for i, ids in enumerate(prompts)]
     waiting = deque(row for row in rows if not row.finished)
-    models = [model, draft] if lookahead else [model]
     slots = min(len(waiting), batch or ROWS)
-    room = max((len(row.ids) + row.limit for row in waiting), default=0) + lookahead + 1
-    states = [State(m, slots, room) for m in models] if slots else []
-    seats = [None] * slots  # the row in each slot of the States
-    stats = dict.fromkeys(("prefill_seconds", "rounds", "drafted", "accepted", "verified", "decided"), 0)
-    while waiting or any(seats):
+    room = max((len(row.ids) + row.limit for row in waiting), default=0)
+    table = Table(model, draft, lookahead, slots, room)
+    prefill_seconds = 0
+    while waiting or any(table.seats):
         start = perf_counter()
         for slot in range(slots):
-            if seats[slot] is None and waiting:
-                seats[slot] = waiting.popleft()
-                for m, state in zip(models, states):
-                    _prefill(m, state, slot, seats[slot].ids[:-1])
-        stats["prefill_seconds"] += perf_counter() - start
-        live = np.array([slot for slot in range(slots) if seats[slot]], np.int32)
-        gains = _round(models, states, live, [seats[slot] for slot in live], choose, lookahead, seed, stats)
+            if table.seats[slot] is None and waiting:
+                table.seat(slot, waiting.popleft())
+                while not table.read(slot):
+                    pass
+        prefill_seconds += perf_counter() - start
+        table.round()
+    return Output([row.out for row in rows], _summary(table.stats, rows, prompts, prefill_seconds, perf_counter() - began))
+
+
+class Table:
+    """`slots` rows of up to `room` tokens side by side on one State a model; rows come and go, each at its own time.
+
+    seats   the Row in each slot, None where it is free. A row is seated, then read, a part of its prompt a call, then takes part in rounds;
+            it leaves when it is finished, or when its seat is set to None. `spare` slots behind these are the caller's own.
+    stats   counts: rounds, drafted, accepted, verified (rows of all rounds), decided (tokens of all rows)"""
+
+    def __init__(self, model, draft, lookahead, slots, room, spare=0):
+        self.models = [model, draft] if lookahead else [model]
+        self.lookahead, self.seats = lookahead, [None] * slots
+        self.states = [State(m, slots + spare, room + lookahead + 1) for m in self.models] if slots else []
+        self.stats = dict.fromkeys(("rounds", "drafted", "accepted", "verified", "decided"), 0)
+
+    def seat(self, slot, row, source=None, n=0):
+        """Gives the row a free slot, empty or with the row's first n tokens, which slot `source` has read."""
+        for state in self.states:
+            state.reset([slot]) if source is None else state.copy(slot, source)
+        self.seats[slot], row.read = row, n
+
+    def read(self, slot):
+        """Puts the next part of the row's prompt (all but its last token, which the first round reads) into its slot; -> whether all is.
+
+        A part is a call of its own and ends at a multiple of part_size, so that a row's bits are a function of its ids alone."""
+        row = self.seats[slot]
+        part = row.ids[row.read:min(row.read + part_size(self.models[0]), row.prompt - 1)]
+        if part:
+            ids, at = np.array([part], np.int32), np.array([slot], np.int32)
+            logits = self.models[0].logits(ids, self.states[0], slot=at, last=None if row.echo else 0)
+            for m, state in zip(self.models[1:], self.states[1:]):
+                m.logits(ids, state, slot=at, last=0)
+            if row.echo:
+                follow = row.ids[row.read + 1:row.read + 1 + len(part)]
+                row.echoed += [log_probabilities(z, token, row.likeliest) for z, token in zip(logits[0], follow)]
+            row.read += len(part)
+        return row.read >= row.prompt - 1
+
+    def round(self):
+        """One round for all rows that are read; -> those that have finished in it, whose seats are free again."""
+        live = np.array([slot for slot, row in enumerate(self.seats) if row and row.read >= row.prompt - 1], np.int32)
+        done = []
+        if not len(live):
+            return done
+        gains = _round(self.models, self.states, live, [self.seats[slot] for slot in live], self.lookahead, self.stats)
         for slot, (tokens, logits) in zip(live, gains):
             for token, row_logits in zip(tokens, logits):
-                stats["decided"] += 1
-                if seats[slot].push(int(token), row_logits):
-                    seats[slot] = None
+                self.stats["decided"] += 1
+                if self.seats[slot].push(int(token), row_logits):
+                    done.append(self.seats[slot])
+                    self.seats[slot] = None
                     break
-    return Output([row.out for row in rows], _summary(stats, rows, prompts, perf_counter() - began))
+        return done
 
 
-def _prefill(model, state, slot, ids):
-    """Puts `ids` into an empty slot in calls of its own, so that its bits are a function of `ids` alone."""
-    state.reset([slot])
-    for start in range(0, len(ids), CHUNK):
-        part = np.array([ids[start:start + CHUNK]], np.int32)
-        model.logits(part, state, slot=np.array([slot], np.int32), last=0)
+def part_size(model):
+    """Tokens of one prefill call: few enough to decode between them, many enough for full speed."""
+    return PART[model.device]
 
 
-def _round(models, states, slots, rows, choose, lookahead, seed, stats):
+def _round(models, states, slots, rows, lookahead, stats):
     """One round for `rows` in `slots`: -> for each row its new tokens (accepted proposals and one more) and their logits.
 
     The model's State stands before the row's last token, the draft's at most one token before that."""
-    place = np.array([row.place for row in rows], np.int32)
     at = np.array([len(row.ids) for row in rows], np.int32)  # where the first token of the round will stand
     count = np.array([min(lookahead, row.room - 1) for row in rows], np.int32)
     K, B = int(count.max()), len(rows)
@@ -162,9 +202,14 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
             unread[b, :len(tokens)] = tokens
     last = np.array([row.ids[-1] for row in rows], np.int32)
     draft = (models[1].c, states[1].c) if K else (None, None)
+    choices = {name: np.array([row.choice[name] for row in rows], dtype) for name, dtype in CHOICES.items()}
+    seeds = np.array([row.seed for row in rows], np.int64).view(np.int32)  # low word, high word
     proposed, accepted, token, logits = models[0].c.round(
-        states[0].c, *draft, (slots, last, choose["index"][place], at, count, unread, keep),
-        tuple(choose[name][place] for name in CHOICES), int(seed), any(row.likeliest is not None for row in rows))
+        states[0].c, *draft, (slots, last, choices.pop("index"), at, count, unread, keep), (*choices.values(), seeds),
+        any(row.likeliest is not None for row in rows))
+    for row, offered, agreed in zip(rows, count, accepted):
+        row.drafted += int(offered)
+        row.accepted += int(agreed)
     stats["rounds"] += 1
     stats["verified"] += B
     stats["drafted"] += int(count.sum())
@@ -172,20 +217,27 @@ def _round(models, states, slots, rows, choose, lookahead, seed, stats):
     return [([*proposed[b, :n], token[b]], logits[b] if logits is not None else [None] * (n + 1)) for b, n in enumerate(accepted)]
 
 
-class _Row:
-    """One prompt on its way: its tokens so far, and the text that is certain."""
+class Row:
+    """One prompt on its way: its tokens so far, and the text that is certain.
 
-    def __init__(self, place, ids, limit, tokenizer, stops, ends, logprobs, callback, done):
+    choice, seed  what it is sampled by: a value for each of CHOICES; of the uniforms
+    echo          also log probabilities of its prompt, in echoed: those of ids[1:], a dict each as in Completion.logprobs
+    ended         the same of the stop token that ended it, None without
+    drafted, accepted  tokens proposed for it, and how many the model agreed to"""
+
+    def __init__(self, place, ids, limit, tokenizer, stops, ends, logprobs, callback, done, choice, seed, echo=False):
         self.place, self.ids, self.limit, self.stops, self.ends = place, list(ids), limit, stops, ends
-        self.callback, self.done = callback, done
-        self.prompt = len(ids)
+        self.callback, self.done, self.choice, self.seed, self.echo = callback, done, choice, seed, echo
+        self.prompt, self.read = len(ids), 0
+        self.drafted = self.accepted = 0
+        self.echoed, self.ended = [], None
         self.out = Completion(logprobs=None if logprobs is None else [])
         self.likeliest = logprobs
         self.stream = tokenizer.stream() if tokenizer else None
         self.held = ""  # text that may turn out to begin a stop string
         self.finished = False
-        if limit == 0:
-            self._finish("length")
+        if limit == 0 and not echo:
+            self.finish("length")
 
     @property
     def room(self):
@@ -193,18 +245,19 @@ class _Row:
 
     def push(self, token, logits):
         """Takes the next token and the logits (V) it was drawn from; -> whether the row is finished."""
+        likely = None if self.likeliest is None else log_probabilities(logits, token, self.likeliest)
         if token in self.ends:
-            self.out.end = token
-            return self._finish("stop")
+            self.out.end, self.ended = token, likely
+            return self.finish("stop")
         self.ids.append(token)
         self.out.tokens.append(token)
-        if self.likeliest is not None:
-            self.out.logprobs.append(log_probabilities(logits, token, self.likeliest))
+        if likely is not None:
+            self.out.logprobs.append(likely)
         if self._stops(self.stream.push(token) if self.stream else ""):
             self._emit(token, len(self.held))
-            return self._finish("stop")
+            return self.finish("stop")
         self._emit(token, len(self.held) - _overlap(self.held, self.stops))
-        return self._finish("length") if self.room == 0 else False
+        return self.finish("length") if self.room == 0 else False
 
     def _stops(self, text):
         """Holds `text` too; -> whether that completes a stop string: then only what is before it is held, and no text follows."""
@@ -221,7 +274,8 @@ class _Row:
         if self.callback:
             self.callback(self.place, token, text)
 
-    def _finish(self, why):
+    def finish(self, why):
+        """Ends it; -> True."""
         if self._stops(self.stream.flush() if self.stream else ""):
             why = "stop"
         self._emit(None, len(self.held))
@@ -241,7 +295,9 @@ def log_probabilities(logits, token, k):
     logits (V) float."""
     z = logits.astype(np.float64) - logits.max()
     z -= np.log(np.exp(z).sum())
-    top = np.argsort(-z, kind="stable")[:k]
+    least = np.partition(z, -k)[-k] if 0 < k < len(z) else -np.inf  # then only these need an order
+    near = np.flatnonzero(z >= least) if k else np.zeros(0, int)
+    top = near[np.argsort(-z[near], kind="stable")][:k]
     ids = [int(i) for i in top] + ([] if token in top else [token])
     return {i: float(z[i]) for i in ids}
 
@@ -319,7 +375,7 @@ def _stop_ids(model, stop_tokens):
     return frozenset(int(t) for t in ids)
 
 
-def _lookahead(model, draft, lookahead):
+def lookahead_of(model, draft, lookahead):
     if not isinstance(lookahead, (int, np.integer)) or not 0 <= lookahead <= MAX_LOOKAHEAD:
         raise ValueError(f"generate: lookahead must be 0 to {MAX_LOOKAHEAD} tokens, not {lookahead!r}")
     if draft is None:
@@ -332,9 +388,8 @@ def _lookahead(model, draft, lookahead):
     return int(lookahead)
 
 
-def _summary(stats, rows, prompts, seconds):
+def _summary(stats, rows, prompts, prefill, seconds):
     new, prompt = sum(len(row.out.tokens) for row in rows), sum(map(len, prompts))
-    prefill = stats["prefill_seconds"]
     rate = lambda n, s: n / s if s else 0.0
     return {
         "seconds": seconds, "prompt_tokens": prompt, "prefill_seconds": prefill,

@@ -376,6 +376,7 @@ class State:
     pending = property(lambda self: self.c.pending, doc="tokens that wait for commit (batch,) int32")
     batch = property(lambda self: self.c.batch)
     capacity = property(lambda self: self.c.capacity)
+    row_bytes = property(lambda self: self.c.row_bytes, doc="bytes of memory that one row takes")
 
     def commit(self, n, path=None, rows=None):
         """Accepts the first n[i] pending tokens of row rows[i] (default: all rows), or those at path[i,:n[i]], a branch of a tree.

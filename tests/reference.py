@@ -397,11 +397,10 @@ def philox(counter, key):
     return c
 
 
-def uniform(index, position, use, seed):
-    """The first word of Philox(key = seed, counter = (index, position, use, 0)) over 2^32."""
-    key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return np.array([philox((int(i) & 0xFFFFFFFF, int(p) & 0xFFFFFFFF, int(s) & 0xFFFFFFFF, 0), key)[0] * 2.0**-32
-                     for i, p, s in zip(index, position, use)])
+def uniform(index, position, use, low, high):
+    """The first word of Philox(key = (low, high), counter = (index, position, use, 0)) over 2^32."""
+    words = zip(*(np.asarray(v).astype(np.int64) & 0xFFFFFFFF for v in (index, position, use, low, high)))
+    return np.array([philox((i, p, s, 0), (a, b))[0] * 2.0**-32 for i, p, s, a, b in words])
 
 
 # ---- transfer --------------------------------------------------------------------------------------------------------------
