@@ -175,6 +175,11 @@ def _parser():
     _sampling(p, 512, 0.7)
     device_and_dtype(p)
 
+    from .evaluate import command as evaluations
+    p = commands.add_parser("evaluate", help="Measure a model: AlpacaEval, MT-Bench, lm-evaluation-harness, long contexts.",
+                            description="Measure a model; each has its own --help.")
+    evaluations.add(p, device_and_dtype)
+
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid
   mambainllama info hybrid --json""")
