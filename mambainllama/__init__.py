@@ -1,5 +1,5 @@
 """mambainllama: pretrained Transformers into fast hybrid Mamba models (The Mamba in the Llama, arXiv 2408.15237)."""
-from . import ops
+from . import evaluate, ops
 from .ablate import ablate
 from .answers import answer
 from .cache import cache
@@ -15,6 +15,6 @@ from .plan import plan
 from .recall import recall
 from .train import distill, dpo, sft, train
 
-__all__ = ["Model", "State", "ablate", "answer", "cache", "convert", "distill", "dpo", "export", "generate", "load", "ops", "parity", "plan",
-           "push", "random", "recall", "run", "save", "sft", "train"]
+__all__ = ["Model", "State", "ablate", "answer", "cache", "convert", "distill", "dpo", "evaluate", "export", "generate", "load", "ops", "parity",
+           "plan", "push", "random", "recall", "run", "save", "sft", "train"]
 __version__ = "0.1.0"

@@ -242,6 +242,10 @@ def _parser():
     p.add_argument("--queue", type=int, metavar="N", default=1024, help="most requests that wait (default: 1024)")
     p.add_argument("--cache", type=int, metavar="MIB", default=1024, help="memory for states of prompts' beginnings (default: 1024)")
     device_and_dtype(p)
+    from .evaluate import command as evaluations
+    p = commands.add_parser("evaluate", help="Measure a model: AlpacaEval, MT-Bench, lm-evaluation-harness, long contexts.",
+                            description="Measure a model; each has its own --help.")
+    evaluations.add(p, device_and_dtype)
 
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid

@@ -38,19 +38,24 @@ def recall(model, lengths=(256, 1024), depths=DEPTHS, items=8, seed=0, pairs=8, 
     lengths, seed = _check(lengths, items, seed, pairs, batch)
     found = {"associative": {}, "log_prob": {}, "copy": {}, "needle": None, "text_copy": None}
     for length in lengths:
-        ids, targets, values = associative(model, length, items, seed, pairs)
-        logits = _last(model, ids, 1, batch)[:, 0]
-        found["associative"][length] = float((logits.argmax(-1) == targets[:, -1]).mean())
-        among = np.take_along_axis(logits, values, 1).astype(np.float64)  # the right one is the first
-        found["log_prob"][length] = float((among[:, 0] - np.logaddexp.reduce(among, 1)).mean())
-        ids, targets = copying(model, length, items, seed)
-        n = int((targets[0] >= 0).sum())
-        right = _last(model, ids, n + 1, batch)[:, :n].argmax(-1) == targets[:, -n - 1:-1]
-        found["copy"][length] = float(right.mean())
+        for probe, value in by_ids(model, length, items, seed, pairs, batch).items():
+            found[probe][length] = value
     if model.tokenizer is not None and _has_digits(model.tokenizer):
         found["needle"] = needle(model, lengths, depths, items, seed, filler, batch)
         found["text_copy"] = _text_copy(model, items, seed, batch)
     return found | {"score": float(np.mean(list(means(found).values())))}
+
+
+def by_ids(model, length, items=8, seed=0, pairs=8, batch=8):
+    """{"associative", "log_prob", "copy"} of recall at one length."""
+    ids, targets, values = associative(model, length, items, seed, pairs)
+    logits = _last(model, ids, 1, batch)[:, 0]
+    among = np.take_along_axis(logits, values, 1).astype(np.float64)  # the right one is the first
+    ids, copied = copying(model, length, items, seed)
+    n = int((copied[0] >= 0).sum())
+    right = _last(model, ids, n + 1, batch)[:, :n].argmax(-1) == copied[:, -n - 1:-1]
+    return {"associative": float((logits.argmax(-1) == targets[:, -1]).mean()),
+            "log_prob": float((among[:, 0] - np.logaddexp.reduce(among, 1)).mean()), "copy": float(right.mean())}
 
 
 def means(found):
@@ -108,8 +113,9 @@ def copying(model, length, items, seed=0):
     return ids, targets
 
 
-def needle(model, lengths, depths=DEPTHS, items=8, seed=0, filler=FILLER, batch=8):
-    """{length: {depth: share of `items` pass keys that greedy generation names}}; arguments as for recall. ValueError: no tokenizer."""
+def needle(model, lengths, depths=DEPTHS, items=8, seed=0, filler=FILLER, batch=8, words=(HEAD, NEEDLE, QUESTION)):
+    """{length: {depth: share of `items` pass keys that greedy generation names}}; arguments as for recall. words: what the text begins with,
+    the needle around {key}, and the question. ValueError: no tokenizer."""
     if model.tokenizer is None:
         raise ValueError("recall: a needle in text needs a tokenizer, and the model has none")
     lengths, seed = _check(lengths, items, seed, 1, batch)
@@ -120,7 +126,7 @@ def needle(model, lengths, depths=DEPTHS, items=8, seed=0, filler=FILLER, batch=
 
     def encode(text):
         return model.tokenizer.encode(text, add_special_tokens=False)
-    head, question = model.tokenizer.encode(HEAD), encode(QUESTION)
+    head, question = model.tokenizer.encode(words[0]), encode(words[2])
     sentences = [encode(" " + text) for text in re.split(r"(?<=[.!?])\s+", filler.strip()) if text]
     table = {}
     for length in lengths:
@@ -128,7 +134,7 @@ def needle(model, lengths, depths=DEPTHS, items=8, seed=0, filler=FILLER, batch=
         for depth in depths:
             keys, prompts = [str(rng.randint(10000, 100000)) for _ in range(items)], []
             for key in keys:
-                hidden = encode(NEEDLE.format(key=key))
+                hidden = encode(words[1].format(key=key))
                 room = length - len(head) - len(hidden) - len(question)
                 if room < 0:
                     raise ValueError(f"recall: {length} tokens have no room for a needle and its question, which take {length - room}")

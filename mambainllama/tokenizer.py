@@ -57,6 +57,13 @@ class Tokenizer:
         """The folder's Tokenizer; None if it has no tokenizer.json."""
         return cls(folder) if os.path.lexists(Path(folder) / "tokenizer.json") else None
 
+    chat_template = property(lambda self: self._template, doc="the template's text, None without")
+
+    def special_id(self, name):
+        """The id of a special token by its name, such as "bos_token"; None where the folder names none."""
+        token = self._settings.get(name)
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+
     def encode(self, text, add_special_tokens=True):
         """Token ids of a string, with what the tokenizer puts around a text (such as BOS) unless told not to."""
         return self._encode([text], add_special_tokens)[0].ids
