@@ -139,7 +139,8 @@ def test_mtbench(spoken, data, tmp_path, judge):  # noqa: F811
         assert results["scores"][name] == pytest.approx(np.mean([row["score"] for row in rows if row["turn"] in keep]))
     assert results["failures"] == 1 and "1 of 8" in results["notes"][0] and results["categories"]["math"] == {
         "average": 3.5, "first_turn": 3.5, "second_turn": None} and (out / "radar.svg").stat().st_size > 1000
-    # only what failed is asked again
+    # a first look at fewer questions changes no file; only what failed is asked again
+    evaluate.mtbench(spoken, data, out, **how | {"limit": 1, "judge": None})
     ratings["single-math-v1-multi-turn"], before = "[[10]]", len(judge.asked)
     again = evaluate.mtbench(spoken, data, out, **how)
     assert len(judge.asked) == before + 1 and again["failures"] == 0 and again["scores"]["math"] == 6.75
@@ -193,6 +194,8 @@ def test_alpaca_s_outputs(spoken, tmp_path):  # noqa: F811
     assert outputs == [{"dataset": "helpful_base", "instruction": text, "output": row.text.strip(), "generator": "half"}
                        for text, row in zip(("why?", "größe", "count " * 9), alone)]
     assert "1 instructions occur more than once" in results["notes"][0] and results["fingerprint"] == spoken.fingerprint()
+    few = evaluate.alpaca(spoken, tmp_path / "b", instructions=ASKED, limit=1, **ALPACA)
+    assert evaluate.alpaca(spoken, tmp_path / "b", instructions=ASKED, **ALPACA)["scores"] == results["scores"] != few["scores"]
     # a half-written file: what it has is kept, what is torn is made again
     path = tmp_path / "a" / "answers.jsonl"
     whole = path.read_bytes()
@@ -246,12 +249,20 @@ def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch):  # noqa: F811
     judge.asked += [None] * 20
     again = evaluate.alpaca(spoken, tmp_path, **how)
     assert again["failures"] == 0 and len(judge.asked) == asked + 21  # the one without a judgment
+    cache, = tmp_path.glob("*.cache.json")  # the library writes it in place: torn, its whole rows are kept
+    text = cache.read_text()
+    cache.write_text(text[:text.rindex("{") + 40])
+    assert evaluate.alpaca(spoken, tmp_path, **how)["scores"] == again["scores"] and len(judge.asked) == asked + 22
     rows = json.loads((tmp_path / "annotations.json").read_text())
     assert len(rows) == 3 and again["scores"]["win_rate"] == pytest.approx(np.mean(list(wins(rows)["win_rate"].values())))
     from alpaca_eval.metrics import get_winrate
     numbers = evaluate.report([tmp_path / "annotations.json"], tmp_path / "page.html")["alpaca"]["models"]["half"]["win_rate"]
     theirs = get_winrate(rows)
     assert (numbers["value"], numbers["error"]) == pytest.approx((theirs["win_rate"], theirs["standard_error"]))
+    judge.say = lambda messages: "nonsense"
+    nothing = evaluate.alpaca(spoken, tmp_path, **how | {"judge_model": "mute"})
+    assert nothing["failures"] == 3 and nothing["scores"]["win_rate"] is None
+    evaluate.report([tmp_path], tmp_path / "page.html")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="127.0.0.1:9/v1 cannot be asked: Connection error.*the same call goes on"):
         evaluate.alpaca(spoken, tmp_path, **how | {"judge_model": "another"})
@@ -321,7 +332,8 @@ def test_lm_eval(spoken, tasks, tmp_path, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch:  # again: from what is kept
         patch.setattr(type(spoken), "logits", None)
         evaluate.lm(spoken, tmp_path / "a", names, include=str(tasks), shots=0)
-    with pytest.raises(ValueError, match="no task nothing"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no task nothing"):
+        patch.setattr("lm_eval.tasks.TaskManager", lambda **how: SimpleNamespace(all_tasks=[]))  # its own takes some ten seconds
         evaluate.lm(spoken, tmp_path / "b", ["nothing"])
 
 
@@ -429,6 +441,7 @@ def test_report_of_annotations(tmp_path):
     rng = np.random.default_rng(0)
     a, b = (1 + rng.random(400)).tolist(), (1 + 0.5 * rng.random(400)).tolist()
     a[3], a[4], b[5] = None, 0, float("nan")
+    assert wins([{"instruction": "i", "preference": p} for p in (2, 1.5)]) == {"win_rate": {"i": 100, "i (2)": 50}}
     annotations(tmp_path / "a" / "judge" / "annotations.json", "a", a)
     annotations(tmp_path / "b" / "annotations.json", "b", b)
     numbers = evaluate.report([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")["alpaca"]

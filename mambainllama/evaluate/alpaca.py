@@ -1,14 +1,13 @@
 """AlpacaEval (github.com/tatsu-lab/alpaca_eval): our answers to its 805 instructions, judged and scored by its own library."""
 import collections
 import json
-import logging
 import math
 import os
 import warnings
 from pathlib import Path
 
 from ..config import said
-from .run import Run, complete, library, question, read_object, write_json
+from .run import Run, complete, digest, library, question, read_object, write_json
 
 DATA = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"  # instructions and the reference's answers
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's
@@ -28,10 +27,10 @@ def alpaca(model, out, instructions=None, reference=None, judge=JUDGE, judge_mod
 
     Scores: "win_rate" and, where the hub can be reached, "length_controlled_winrate"; "notes" says where it could not.
     Called again it goes on, with answers and judgments. ValueError: files of another form, alpaca_eval missing, a judge that cannot be asked."""
-    rows, notes = _instructions(instructions, limit)
-    settings = {"instructions": str(instructions or DATA), "limit": limit, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+    rows, notes = _instructions(instructions)
+    settings = {"instructions": digest([row["instruction"] for row in rows]), "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                 "seed": seed}
-    run = Run(out, "alpaca", model, settings, name)
+    run, rows = Run(out, "alpaca", model, settings, name), rows[:limit]
     name = run.about["model"]
     asked = [{"key": row["instruction"], "prompt": question(model, row["instruction"]), "index": i, "temperature": temperature}
              for i, row in enumerate(rows)]
@@ -55,11 +54,18 @@ def alpaca(model, out, instructions=None, reference=None, judge=JUDGE, judge_mod
 
 
 def wins(annotations):
-    """{"win_rate": {instruction: 100 for a win, 50 for a draw, 0}}, and the same of the length-controlled ones: AlpacaEval's annotations as items."""
-    found = {"win_rate": {row["instruction"]: 100 * _preference(row) for row in annotations if _preference(row) is not None}}
-    controlled = {row["instruction"]: 100 * row["glm_preference"] for row in annotations if isinstance(row.get("glm_preference"), float)
-                  and math.isfinite(row["glm_preference"])}
-    return found | ({"length_controlled_winrate": controlled} if controlled else {})
+    """{"win_rate": {instruction: 100 for a win, 50 for a draw, 0}}, and the same of the length-controlled ones: AlpacaEval's annotations as items.
+    An instruction's second row gets " (2)"."""
+    found, seen = {"win_rate": {}, "length_controlled_winrate": {}}, collections.Counter()
+    for row in annotations:
+        seen[row["instruction"]] += 1
+        key = row["instruction"] + (f" ({seen[row['instruction']]})" if seen[row["instruction"]] > 1 else "")
+        if _preference(row) is not None:
+            found["win_rate"][key] = 100 * _preference(row)
+        controlled = row.get("glm_preference")
+        if isinstance(controlled, float) and math.isfinite(controlled):
+            found["length_controlled_winrate"][key] = 100 * controlled
+    return {metric: values for metric, values in found.items() if values or metric == "win_rate"}
 
 
 def _preference(row):
@@ -70,7 +76,7 @@ def _preference(row):
     return (1.5 if value == 0 else value) - 1
 
 
-def _instructions(source, limit):
+def _instructions(source):
     """(rows, notes)."""
     if source is None:
         datasets = library("datasets")
@@ -89,7 +95,7 @@ def _instructions(source, limit):
     notes = [f"{sum(n > 1 for n in seen.values())} instructions occur more than once ({more} rows more): each is answered and counted once"] if more else []
     if not unique:
         raise ValueError(f"{source} has no instructions")
-    return unique[:limit], notes
+    return unique, notes
 
 
 def _listed(source, *keys):
@@ -106,7 +112,7 @@ def _reference(source, rows):
     elif all(isinstance(row.get("output"), str) for row in rows):
         found = rows
     else:
-        found = [dict(row) for row in _instructions(None, None)[0]]
+        found = [dict(row) for row in _instructions(None)[0]]
     by_instruction = {row["instruction"]: row for row in found}
     kept = [{"instruction": row["instruction"], "output": by_instruction[row["instruction"]]["output"],
              "dataset": row.get("dataset", "alpaca_eval"), "generator": by_instruction[row["instruction"]].get("generator", "reference")}
@@ -129,16 +135,19 @@ def _judge(run, outputs, reference, judge, judge_model):
             raise ValueError(f"{error}; alpaca_eval 0.6 needs setuptools<81") from None
     import openai
     run.version("alpaca_eval", "openai")
-    config = _config(package, judge, judge_model)
+    config = _config(package, run.out, judge, judge_model)
     cache = run.out / f"annotations-{Path(judge).name}{'-' + judge_model.replace('/', '_') if judge_model else ''}.cache.json"
+    _keep_judged(cache)
     try:
         table, annotations = package.evaluate(
             model_outputs=outputs, reference_outputs=reference, annotators_config=config, output_path=None, precomputed_leaderboard=None,
             is_return_instead_of_print=True, fn_metric="get_winrate", sort_by="win_rate", is_cache_leaderboard=False, caching_path=str(cache),
-            annotation_kwargs={"chunksize": 32}, is_store_missing_annotations=False, name=run.about["model"])
+            annotation_kwargs={"chunksize": 32}, name=run.about["model"])
     except openai.OpenAIError as error:
         raise ValueError(f"the judge at {os.environ.get('OPENAI_BASE_URL', 'OpenAI')} cannot be asked: {said(error)}; the answers and what it has judged "
                          "are kept, and the same call goes on") from None
+    except Exception as error:  # whatever the library raises for answers that it does not expect
+        raise ValueError(f"alpaca_eval stopped: {said(error)}; the answers and what has been judged are kept, and the same call goes on") from None
     scores, notes = dict(table.iloc[0]), []
     pandas = library("pandas")
     frame = pandas.DataFrame(annotations)
@@ -158,22 +167,40 @@ def _judge(run, outputs, reference, judge, judge_model):
     return rows, scores, notes
 
 
-def _config(package, judge, judge_model):
-    """What alpaca_eval takes: the name or path, or its content with another model."""
+def _keep_judged(path):
+    """Leaves the whole rows with a judgment in the library's file, which it writes in place: those without are asked for again."""
+    if not path.exists():
+        return
+    text, rows, read = path.read_text(encoding="utf-8", errors="replace"), [], json.JSONDecoder().raw_decode
+    at = text.find("{")
+    while at >= 0:
+        try:
+            row, end = read(text, at)
+        except ValueError:  # torn
+            break
+        rows += [row] if _preference(row) is not None else []
+        at = text.find("{", end)
+    if rows:
+        write_json(path, rows)
+    else:
+        path.unlink()
+
+
+def _config(package, out, judge, judge_model):
+    """What alpaca_eval takes: the name or path, or a file in out of its content with another model."""
     yaml = library("yaml")
     builtin = Path(package.__file__).parent / "evaluators_configs" / str(judge) / "configs.yaml"
     path = builtin if builtin.exists() else Path(judge) / "configs.yaml" if os.path.isdir(judge) else Path(judge)
     if not path.is_file():
         raise ValueError(f"alpaca_eval has no judge {judge!r}, and there is no such file")
     if not judge_model:
-        return str(judge) if builtin.exists() else str(path)
+        return str(judge) if builtin.exists() else str(path.resolve())
     config = yaml.safe_load(path.read_text())
-    for name, settings in config.items():
+    for settings in config.values():
         settings["completions_kwargs"]["model_name"] = judge_model
-        prompt = settings.get("prompt_template")
-        if isinstance(prompt, str) and (path.parent / prompt).is_file():
-            settings["prompt_template"] = str(path.parent / prompt)
-    return config
-
-
-logging.getLogger("alpaca_eval").setLevel(logging.WARNING)
+        prompt = path.resolve().parent.parent / str(settings.get("prompt_template"))  # where the library looks for it
+        if prompt.is_file():
+            settings["prompt_template"] = str(prompt)
+    changed = (out / "judge.yaml").resolve()
+    changed.write_text(yaml.safe_dump(config))
+    return str(changed)

@@ -38,6 +38,15 @@ def report(folders, out, seed=0):
     return numbers
 
 
+def compare(function, models, out, device="cpu", dtype=None, **how):
+    """Evaluates each of {name: folder} with function(model, out=out/name, name=name, **how), one after the other, and writes out/report.html;
+    -> report's numbers."""
+    from ..checkpoint import load
+    for name, folder in models.items():
+        function(load(folder, device=device, dtype=dtype), out=Path(out) / name, name=name, **how)
+    return report([Path(out) / name for name in models], Path(out) / "report.html")
+
+
 def read(folder):
     """(kind, results, items) of a folder."""
     path = Path(folder)

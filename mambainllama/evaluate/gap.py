@@ -8,7 +8,7 @@ import numpy as np
 from ..data import rows as read_rows
 from .figures import histograms, save
 from .lm import log_likelihoods
-from .run import Records, Run, complete, question
+from .run import Records, Run, complete, digest, question
 
 LETTERS = "ABCDEFGHIJ"
 NONE = "none"  # of a generation that names no letter
@@ -27,8 +27,7 @@ def gap(model, out, items=None, count=100, max_new_tokens=32, seed=0, batch=None
     if model.tokenizer is None:
         raise ValueError("gap: the model has no tokenizer, and items are text")
     asked = read_items(items) if items is not None else make_items(count, seed)
-    run = Run(out, "gap", model, {"items": str(items) if isinstance(items, str) else len(asked), "count": len(asked), "max_new_tokens": max_new_tokens,
-                                  "seed": seed}, name)
+    run = Run(out, "gap", model, {"items": digest(asked), "count": len(asked), "max_new_tokens": max_new_tokens}, name)
     prompts = [ASK.format(question=item["question"], choices="\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, item["choices"])))
                for item in asked]
     said = complete(run, model, [{"key": i, "prompt": question(model, prompt), "index": i, "temperature": 0.0} for i, prompt in enumerate(prompts)],

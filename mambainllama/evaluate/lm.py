@@ -30,12 +30,8 @@ def lm(model, out, tasks=None, suite=None, shots=None, limit=None, chat=False, b
     if model.tokenizer is None:
         raise ValueError("lm: the model has no tokenizer, and tasks are text")
     plan = SUITES[suite] if suite else {shots: [tasks] if isinstance(tasks, str) else list(tasks)}
-    library("lm_eval")
-    manager = library("lm_eval.tasks").TaskManager(include_path=include)
-    unknown = [task for names in plan.values() for task in names if task not in manager.all_tasks]
-    if unknown:
-        raise ValueError(f"lm: lm_eval has no task {', '.join(unknown)}")
-    settings = {"plan": {"own" if n is None else n: names for n, names in plan.items()}, "limit": limit, "chat": chat, "max_length": max_length}
+    manager = _manager([task for names in plan.values() for task in names], include)
+    settings = {"plan": {"own" if n is None else n: names for n, names in plan.items()}, "chat": chat, "max_length": max_length}
     run = Run(out, "lm", model, settings, name)
     run.version("lm_eval")
     evaluator, adapter = library("lm_eval.evaluator"), harness_model(model, batch, max_length, progress)
@@ -61,7 +57,18 @@ def lm(model, out, tasks=None, suite=None, shots=None, limit=None, chat=False, b
                 for metric in sample.get("metrics", ()):
                     if isinstance(sample.get(metric), (int, float, bool, np.number)):
                         items.setdefault(f"{task}{end} {metric}", {})[str(sample["doc_id"])] = float(sample[metric])
-    return run.finish(scores, items, errors=errors, lm_eval=tables)
+    return run.finish(scores, items, errors=errors, limit=limit, lm_eval=tables)
+
+
+def _manager(tasks, include):
+    """lm_eval's index of tasks: of the folder alone where that has them all, since reading the library's own 14,000 takes some seconds."""
+    package = library("lm_eval.tasks")
+    for defaults in (False, True) if include else (True,):
+        manager = package.TaskManager(include_path=include, include_defaults=defaults)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if not unknown:
+            return manager
+    raise ValueError(f"lm: lm_eval has no task {', '.join(unknown)}")
 
 
 def harness_model(model, batch=8, max_length=None, progress=None):

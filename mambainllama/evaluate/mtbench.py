@@ -9,7 +9,7 @@ import numpy as np
 from ..data import rows as read_rows
 from .figures import radar, save
 from .judge import Judge
-from .run import Records, Run, complete, write_lines
+from .run import Records, Run, complete, digest, write_lines
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 OTHERS = 0.7  # the temperature of other categories
@@ -33,11 +33,12 @@ def mtbench(model, data, out, judge="gpt-4", judge_url=None, name=None, bench="m
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise ValueError("mtbench: the model has no chat template, and a second turn needs one")
     folder = Path(data)
-    questions = _lines(folder / bench / "question.jsonl", "question_id", "category", "turns")[:limit]
+    questions = _lines(folder / bench / "question.jsonl", "question_id", "category", "turns")
     prompts = {row["name"]: row for row in _lines(folder / "judge_prompts.jsonl", "name", "system_prompt", "prompt_template")}
     references = _references(folder / bench / "reference_answer", judge, questions) if judge else {}
-    run = Run(out, "mtbench", model, {"bench": bench, "questions": len(questions), "max_new_tokens": max_new_tokens, "seed": seed,
+    run = Run(out, "mtbench", model, {"bench": bench, "questions": digest(questions), "max_new_tokens": max_new_tokens, "seed": seed,
                                       "temperatures": TEMPERATURES}, name)
+    questions = questions[:limit]
     name = run.about["model"]
     turns = _answers(run, model, questions, max_new_tokens, seed, batch, progress)
     path = run.out / "model_answer" / f"{name}.jsonl"
@@ -45,7 +46,7 @@ def mtbench(model, data, out, judge="gpt-4", judge_url=None, name=None, bench="m
     answers = {q["question_id"]: old.get(q["question_id"]) or {
         "question_id": q["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
         "choices": [{"index": 0, "turns": turns[q["question_id"]]}], "tstamp": time.time()} for q in questions}
-    write_lines(path, answers.values())
+    write_lines(path, (old | answers).values())
     if judge is None:
         return run.finish({}, {}, judge=None)
     found = _judgments(run, name, questions, answers, references, prompts, Judge(judge, judge_url), parallel, progress)

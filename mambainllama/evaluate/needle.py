@@ -6,7 +6,7 @@ import numpy as np
 from ..recall import DEPTHS, FILLER, HEAD, NEEDLE, QUESTION, _has_digits, by_ids
 from ..recall import needle as find
 from .figures import heat_maps, lines, save
-from .run import Records, Run, bar, read_text
+from .run import Records, Run, bar, digest, read_text
 
 PASSKEY = (HEAD, NEEDLE, QUESTION)
 MAGIC = ("A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.",
@@ -26,8 +26,8 @@ def needle(model, out, lengths=LENGTHS, depths=DEPTHS, items=8, text=None, seed=
 
     Each cell is kept as it is computed; the same call goes on. ValueError: a length without room for the question."""
     lengths, depths = [int(n) for n in lengths], [float(d) for d in depths]
-    settings = {"lengths": lengths, "depths": depths, "items": items, "text": text and str(text), "seed": seed}
     hay = read_text(text) if text else None
+    settings = {"lengths": lengths, "depths": depths, "items": items, "text": hay and digest(hay), "seed": seed}
     run = Run(out, "needle", model, settings, name)
     spoken = model.tokenizer is not None and _has_digits(model.tokenizer)
     records = Records(run.out / "cells.jsonl", lambda row: (row["what"], row["length"], row["depth"]))

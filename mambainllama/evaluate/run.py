@@ -4,8 +4,9 @@ run.json       what is evaluated: kind, model, fingerprint of its parameters, la
                in the same folder, and another model or setting is refused.
 *.jsonl        a row a line, appended as soon as it is complete. What ends the process leaves whole lines and at most one torn at the end,
                which is dropped and made again.
-results.json   run.json's content, "scores" ({name: number}) and whatever else the kind says (judge, failures …)
+results.json   run.json's content, "scores" ({name: number or null}) and whatever else the kind says (judge, failures …)
 items.json     {metric: {item: number}}: what comparisons pair"""
+import hashlib
 import json
 import os
 import platform
@@ -53,6 +54,7 @@ class Run:
 
     def finish(self, scores, items, **more):
         """Writes results.json and items.json; -> the results."""
+        scores = {name: value if value is None or np.isfinite(value) else None for name, value in scores.items()}
         results = {**self.about, **more, "scores": scores, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                    "seconds": round(time.time() - self.began, 3)}
         write_json(self.out / "items.json", items)
@@ -118,6 +120,11 @@ def question(model, text):
     """What a user asks, as a chat where the model has a template, else as text."""
     chat = model.tokenizer is not None and model.tokenizer.chat_template is not None
     return [{"role": "user", "content": text}] if chat else text
+
+
+def digest(value):
+    """Of a JSON value, hexadecimal: what settings say of data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def bar(what, total, done=0, progress=None):
