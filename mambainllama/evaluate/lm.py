@@ -1,7 +1,7 @@
 """lm-evaluation-harness on our models: `lm` runs its tasks, `harness_model` is its view of a model, `log_likelihoods` what computes them."""
 import numpy as np
 
-from ..generate import CHUNK, generate
+from ..generate import generate, part_size
 from ..model import State
 from .run import Run, bar, library
 
@@ -189,8 +189,9 @@ def log_likelihoods(model, pairs, batch=8, done=None, progress=None):
 
 def _prefill(model, state, contexts):
     """Row b of the State reads contexts[b], which do not get longer from row to row."""
-    for at in range(0, len(contexts[0]) if contexts else 0, CHUNK):
-        parts = [context[at:at + CHUNK] for context in contexts]
+    step = part_size(model)
+    for at in range(0, len(contexts[0]) if contexts else 0, step):
+        parts = [context[at:at + step] for context in contexts]
         keep = [len(part) for part in parts if len(part)]
         model.logits(_padded(parts[:len(keep)]), state, keep=np.array(keep), slot=np.arange(len(keep)), last=0)
 
