@@ -141,7 +141,7 @@ def _judge(run, outputs, reference, judge, judge_model):
     try:
         table, annotations = package.evaluate(
             model_outputs=outputs, reference_outputs=reference, annotators_config=config, output_path=None, precomputed_leaderboard=None,
-            is_return_instead_of_print=True, fn_metric="get_winrate", sort_by="win_rate", is_cache_leaderboard=False, caching_path=str(cache),
+            is_return_instead_of_print=True, fn_metric=_win_rate, sort_by="win_rate", is_cache_leaderboard=False, caching_path=str(cache),
             annotation_kwargs={"chunksize": 32}, name=run.about["model"])
     except openai.OpenAIError as error:
         raise ValueError(f"the judge at {os.environ.get('OPENAI_BASE_URL', 'OpenAI')} cannot be asked: {said(error)}; the answers and what it has judged "
@@ -165,6 +165,12 @@ def _judge(run, outputs, reference, judge, judge_model):
     rows = json.loads(frame.to_json(orient="records"))
     write_json(run.out / "annotations.json", rows)
     return rows, scores, notes
+
+
+def _win_rate(annotations):
+    """The library's, which fails where nothing is judged."""
+    judged = [row for row in annotations if _preference(row) is not None]
+    return library("alpaca_eval.metrics").get_winrate(judged) if judged else {"win_rate": math.nan, "standard_error": math.nan}
 
 
 def _keep_judged(path):
