@@ -109,6 +109,7 @@ static __global__ void add_queries_to_sinks(Attention a) {
   if (e >= start + a.sinks) return;
   float *const dk = sums + 2 * a.P * warp, *const dv = dk + a.P;
   for (int c = lane; c < 2 * a.P; c += 32) dk[c] = 0;
+  __syncwarp(); /* another lane adds to what this one has cleared, unless P is a multiple of 32 */
   for (int i = warp;; i += warps) {
     const int t = e + a.window + i / a.rep, h = g * a.rep + i % a.rep;
     if (t >= a.T || (starts && starts[t] != start)) break;
