@@ -110,7 +110,8 @@ int read_dlpack(const char *what, const char *name, PyObject *value, Array *out)
   const char *kind[] = {"int", "uint", "float", "?", "bfloat", "complex", "bool"};
   snprintf(out->dtype, sizeof out->dtype, "%s%d", code < 7 ? kind[code] : "?", bits);
   out->data = n ? (char *)t->data + t->offset : (void *)out; /* nothing is read of it, yet it is there */
-  out->contiguous = out->contiguous && (uintptr_t)out->data % (out->type == BFLOAT16 ? 2 : 4) == 0;
+  const size_t unit = out->on_device ? 16 : out->type == BFLOAT16 ? 2 : 4; /* kernels read 16 bytes at a time */
+  out->contiguous = out->contiguous && (n == 0 || (uintptr_t)out->data % unit == 0);
   return 1;
 }
 

@@ -169,8 +169,8 @@ static int check_array(const Op *op, const Param *p, const Array *array, size_t 
     return -1;
   }
   if (!array->contiguous) {
-    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be a C-contiguous, aligned array in native byte order", op->name,
-                 p->name);
+    PyErr_Format(PyExc_ValueError, "%s: argument '%s' must be a C-contiguous, aligned array %s", op->name, p->name,
+                 array->on_device ? "(to 16 bytes)" : "in native byte order");
     return -1;
   }
   if (p->in_place && !array->writable) {

@@ -310,7 +310,7 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
   npy_intp shape[MOST_AXES];
   for (int d = 0; d < array.dims; d++) shape[d] = (npy_intp)array.shape[d];
   if (!array.contiguous || array.type < 0 || array.type == INT32)
-    PyErr_Format(PyExc_ValueError, "%U: expected a C-contiguous float32 or bfloat16 array, got %s", name, array.dtype);
+    PyErr_Format(PyExc_ValueError, "%U: expected a C-contiguous float32 or bfloat16 array, on a GPU aligned to 16 bytes, got %s", name, array.dtype);
   else
     view = PyArray_SimpleNewFromData(array.dims, shape, array.type == FLOAT32 ? NPY_FLOAT32 : NPY_UINT16, array.data);
   PyObject *result = view ? set_param((ModelObject *)self, name, view, array.on_device) : NULL;

@@ -1,6 +1,7 @@
 """DLPack: arrays of other libraries come in and our memory goes out without a copy, and lives as long as anybody uses it."""
 import ctypes
 import gc
+import sys
 
 import mambainllama as mil
 import numpy as np
@@ -90,7 +91,6 @@ def test_what_cannot_be_read_is_refused():
 
 def test_arguments_are_let_go(where):
     arrays = arguments()
-    import sys
     before = {name: sys.getrefcount(array) for name, array in arrays.items()}
     for bad in ({}, {"B": Foreign(np.zeros((1, 2), "f4"))}):  # whether the call succeeds or not
         try:
@@ -178,6 +178,11 @@ def test_op_results_stay_on_the_device(dtype):
     if dtype == "bfloat16":  # what the device keeps in bf16 is given so
         with pytest.raises(ValueError, match="must be bfloat16 on this device, got float32"):
             module.rmsnorm_forward(x=model.tensor("model.norm.weight"), w=np.ones(32, "f4"), eps=1e-5)
+    capsule = up.__dlpack__(max_version=(1, 0))
+    inside(capsule).tensor.offset = 4
+    inside(capsule).tensor.shape[0] -= 1
+    with pytest.raises(ValueError, match="to 16 bytes"):
+        module.linear_forward(x=x, w=Given(capsule, (2, 0)))
     with pytest.raises(ValueError, match="writable"):  # models share their parameters
         module.accumulate(y=model.tensor("model.embed_tokens.weight"), x=row)
 
@@ -193,6 +198,19 @@ class DLTensor(ctypes.Structure):
 class Versioned(ctypes.Structure):
     _fields_ = [("version", ctypes.c_uint32 * 2), ("context", ctypes.c_void_p), ("release", ctypes.c_void_p), ("flags", ctypes.c_uint64),
                 ("tensor", DLTensor)]
+
+
+class Given:
+    """A capsule as an argument."""
+
+    def __init__(self, capsule, device):
+        self.capsule, self.device = capsule, device
+
+    def __dlpack__(self, **how):
+        return self.capsule
+
+    def __dlpack_device__(self):
+        return self.device
 
 
 def inside(capsule):
@@ -215,13 +233,6 @@ def read(capsule, n):
         return ctypes.string_at(tensor.data, n)
     half = tensor.dtype & 0xffff == 0x1004
 
-    class Holder:
-        def __dlpack__(self, **how):
-            return capsule
-
-        def __dlpack_device__(self):
-            return (2, 0)
-
     to = np.zeros((tensor.shape[0], tensor.shape[1]), np.uint16 if half else np.float32)
-    backends.module("cuda", "bfloat16" if half else "float32").transfer(dst=to, src=Holder(), to=0, count=len(to), **{"from": 0})
+    backends.module("cuda", "bfloat16" if half else "float32").transfer(dst=to, src=Given(capsule, (2, 0)), to=0, count=len(to), **{"from": 0})
     return to.tobytes()

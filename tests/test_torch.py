@@ -4,11 +4,14 @@ import pytest
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
+import mambainllama as mil  # noqa: E402
 from mambainllama import backend as backends  # noqa: E402
 from mambainllama.torch import selective_scan, ssd  # noqa: E402
 
 SIZES = {"selective_scan": dict(x=(2, 11, 24), dt=(2, 11, 24), A_log=(24, 4), B=(2, 11, 3, 4), C=(2, 11, 6, 4), D=(24,), dt_bias=(24,), z=(2, 11, 24), state=(2, 24, 4)),
          "ssd": dict(x=(2, 11, 2, 5), dt=(2, 11, 6), A_log=(6,), B=(2, 11, 2, 3), C=(2, 11, 6, 3), D=(6,), dt_bias=(6,), state=(2, 6, 5, 3))}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "initializer_range": 0.3}
 FUNCTIONS = {"selective_scan": selective_scan, "ssd": ssd}
 both = pytest.mark.parametrize("name", SIZES)
 
@@ -125,6 +128,19 @@ def test_what_does_not_fit_is_one_sentence():
             ssd(**args | {key: value})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_ops_take_tensors(dtype):
+    model, name = mil.random(CONFIG, dtype=dtype), "model.layers.0.mlp.up_proj.weight"
+    w = torch.from_dlpack(model.tensor(name))
+    assert w.dtype == getattr(torch, dtype) and w.data_ptr() == torch.from_dlpack(model.tensor(name)).data_ptr() and np.array_equal(w.float().numpy(), model.get(name))
+    x = torch.randn(2, 40, 64)
+    torch.testing.assert_close(torch.from_dlpack(mil.ops.linear_forward(x=x, w=w)), x @ w.float().T)
+    twice = 2 * w
+    model.set(name, twice)
+    del model
+    assert torch.equal(2 * w, twice)  # which the model has left behind
+
+
 @pytest.mark.cuda
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,6 +149,8 @@ def test_on_the_card(name, dtype):
         pytest.skip("torch has no CUDA")
     compare(name, draw(name, device="cuda", dtype=dtype), 1e-4 if dtype == torch.float32 else 3e-2)
     args = draw(name, device="cuda", dtype=dtype)
+    shifted = torch.empty(args["dt"].numel() + 1, device="cuda", dtype=dtype)[1:].view_as(args["dt"]).copy_(args["dt"].detach())  # aligned to its size alone
+    assert torch.equal(FUNCTIONS[name](**args | {"dt": shifted}), FUNCTIONS[name](**args))
     with torch.cuda.stream(torch.cuda.Stream()):  # another stream's work is waited for
         big = torch.randn(4096, 4096, device="cuda")
         for _ in range(10):
@@ -149,12 +167,9 @@ def test_on_the_card(name, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_on_the_card(dtype):
     """torch sees a parameter where it is, and a product of ours with its tensors is torch's."""
-    import mambainllama as mil
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA")
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "initializer_range": 0.3}
-    model, name = mil.random(config, device="cuda", dtype=dtype), "model.layers.0.mlp.up_proj.weight"
+    model, name = mil.random(CONFIG, device="cuda", dtype=dtype), "model.layers.0.mlp.up_proj.weight"
     w = torch.from_dlpack(model.tensor(name))
     assert w.is_cuda and w.data_ptr() == torch.from_dlpack(model.tensor(name)).data_ptr() and np.array_equal(w.float().cpu().numpy(), model.get(name))
     x = torch.randn(2, 40, 64, device="cuda", dtype=w.dtype)
