@@ -9,6 +9,7 @@ import math
 import secrets
 import signal
 import socket
+import sys
 import time
 from bisect import bisect_left
 from contextlib import suppress
@@ -27,13 +28,14 @@ from .engine import Draining, Engine, Full, Request
 from .generate import encode_prompt
 
 BODY_BYTES = 32 << 20
+INLINE_BYTES = 1 << 16  # text that is encoded in no time
 MOST_LOGPROBS = 100
 SEEDS = 1 << 53
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)  # seconds
 # what we cannot do: the values of it that ask for nothing
-UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "logit_bias": ({},),
-               "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "suffix": ("",), "best_of": (1,),
-               "modalities": (["text"],)}
+UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
+               "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "suffix": ("",),
+               "best_of": (1,), "modalities": (["text"],)}
 
 
 class Refused(Exception):
@@ -180,25 +182,22 @@ def _content(content):
     """A message's text; OpenAI's clients may give it in parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+    plain = lambda part: isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    if isinstance(content, list) and all(map(plain, content)):
         return "".join(part["text"] for part in content)
     raise Refused(400, "a message's content must be text, or a list of parts of text", "messages")
 
 
-# ---- tokens as text ------------------------------------------------------------------------------------------------------------------------
+# ---- tokens as text ----------------------------------------------------------------------------------------------------------------------
 
 
-def token_text(tokenizer, id):
-    """A token as it reads inside a text, U+FFFD where it is a part of a character."""
-    if tokenizer is None:
-        return f"token_id:{id}"
-    one = tokenizer.decode([id], skip_special_tokens=False)
-    return tokenizer.decode([id, id], skip_special_tokens=False)[len(one):] or one
+def _piece_of(tokenizer, id):
+    return tokenizer.piece(id) if tokenizer else (f"token_id:{id}", None)
 
 
 def _token(tokenizer, id, logprob):
-    text = token_text(tokenizer, id)
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+    text, content = _piece_of(tokenizer, id)
+    return {"token": text, "logprob": logprob, "bytes": None if content is None else list(content)}
 
 
 class _Choice:
@@ -236,18 +235,18 @@ class _Choice:
     def _completion_logprobs(self, tokens, likely):
         parts = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, found in zip(tokens, likely):
-            parts["tokens"].append(token_text(self.asked.tokenizer, token))
+            parts["tokens"].append(_piece_of(self.asked.tokenizer, token)[0])
             parts["token_logprobs"].append(found and found[token])
             top = found and {}
             for id, value in (found or {}).items():
-                top.setdefault(token_text(self.asked.tokenizer, id), value)  # of tokens that read the same, the likeliest
+                top.setdefault(_piece_of(self.asked.tokenizer, id)[0], value)  # of tokens that read the same, the likeliest
             parts["top_logprobs"].append(top)
             parts["text_offset"].append(self.offset)
             self.offset += len(self.stream.push(token)) if self.stream else 0
         return parts
 
 
-# ---- the application -----------------------------------------------------------------------------------------------------------------------
+# ---- the application ---------------------------------------------------------------------------------------------------------------------
 
 
 class Api:
@@ -262,8 +261,9 @@ class Api:
                     Route("/metrics", self.metrics, methods=["GET"]), route("/v1/models", self.models, "GET"),
                     route("/v1/models/{name:path}", self.model, "GET"), route("/v1/completions", self.completions, "POST"),
                     route("/v1/chat/completions", self.chat, "POST")],
-            exception_handlers={HTTPException: lambda request, e: Refused(e.status_code, f"{request.method} {request.url.path}: {e.detail}").response(),
-                                Exception: lambda request, e: Refused(500, f"the server failed: {said(e)}").response()})
+            exception_handlers={
+                HTTPException: lambda request, e: Refused(e.status_code, f"{request.method} {request.url.path}: {e.detail}").response(),
+                Exception: lambda request, e: Refused(500, f"the server failed: {said(e)}").response()})
 
     def _guarded(self, call):
         async def guarded(request):
@@ -306,15 +306,18 @@ class Api:
 
     async def _answer(self, http, chat):
         began = time.perf_counter()
-        body = await _read_json(http)
+        body, size = await _read_json(http)
         queue, loop = asyncio.Queue(), asyncio.get_running_loop()
 
         def notify(news):  # from the engine's thread
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(queue.put_nowait, news)
 
-        request = Request(notify)
-        asked = await run_in_threadpool(_Asked, body, chat, self.engine, request)
+        request = Request(notify, live=body.get("stream") is True)
+        if size > INLINE_BYTES:
+            asked = await run_in_threadpool(_Asked, body, chat, self.engine, request)
+        else:
+            asked = _Asked(body, chat, self.engine, request)
         try:
             self.engine.submit(request)
         except Draining:
@@ -322,7 +325,7 @@ class Api:
         except Full as full:
             raise Refused(429, str(full), headers={"Retry-After": str(full.seconds)}) from None
         gone = asyncio.ensure_future(_gone(http, request, queue))
-        news = self._news(queue, len(request.rows), began, gone)
+        news = self._news(queue, request, began, gone)
         head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "created": int(time.time()), "model": self.name}
         if asked.stream:
             return StreamingResponse(self._stream(asked, news, head), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -336,9 +339,9 @@ class Api:
         return JSONResponse({**head, "object": "chat.completion" if chat else "text_completion",
                              "choices": [_whole(asked, row) for row in request.rows], "usage": asked.usage()})
 
-    async def _news(self, queue, rows, began, gone):
+    async def _news(self, queue, request, began, gone):
         """(row, text) until every row has ended; raises what the engine met, and ClientDisconnect."""
-        first = True
+        first, rows = request.live, len(request.rows)
         try:
             while rows:
                 news = await queue.get()
@@ -390,7 +393,8 @@ class Api:
         c = engine.counts
         values = {
             "requests_total": ("counter", {f'{{code="{code}"}}': n for code, n in sorted(self.statuses.items())}),
-            "queue_rows": ("gauge", len(engine.waiting)), "rows_in_use": ("gauge", engine.rows_in_use), "rows": ("gauge", len(engine.table.seats)),
+            "queue_rows": ("gauge", len(engine.waiting)), "rows_in_use": ("gauge", engine.rows_in_use),
+            "rows": ("gauge", len(engine.table.seats)),
             "rows_finished_total": ("counter", c["rows"]), "rows_cancelled_total": ("counter", c["cancelled"]),
             "prompt_tokens_total": ("counter", c["prompt_tokens"]), "generated_tokens_total": ("counter", stats["decided"]),
             "rounds_total": ("counter", stats["rounds"]), "drafted_tokens_total": ("counter", stats["drafted"]),
@@ -437,7 +441,7 @@ async def _read_json(http):
         raise Refused(400, f"the request is not JSON: {said(error)}") from None
     if not isinstance(body, dict):
         raise Refused(400, "the request must be a JSON object")
-    return body
+    return body, len(content)
 
 
 async def _gone(http, request, queue):
@@ -464,7 +468,7 @@ class _Histogram:
                 f"{name}_sum {self.sum}", f"{name}_count {below[-1]}"]
 
 
-# ---- the process ---------------------------------------------------------------------------------------------------------------------------
+# ---- the process -------------------------------------------------------------------------------------------------------------------------
 
 
 class _Server(uvicorn.Server):
@@ -507,6 +511,7 @@ def serve(model, draft=None, lookahead=4, host="127.0.0.1", port=8000, name=None
         where = f"[{host}]" if ":" in host else host
         ready(f"{name} at http://{where}:{listening.getsockname()[1]} ({len(engine.table.seats)} rows of {engine.context} tokens, "
               f"{len(engine.prefixes.free)} kept prefixes of {engine.row_bytes / 2**20:.1f} MiB)")
+        sys.setswitchinterval(5e-4)  # a round takes about as long, and the engine's thread should not wait ten for its turn
         try:
             server.run(sockets=[listening])
         finally:

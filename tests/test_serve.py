@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mambainllama as mil
-from test_generate import spoken  # noqa: F401 (a fixture)
+from conftest import on
+from test_generate import config, near, spoken  # noqa: F401 (a fixture)
 
 openai = pytest.importorskip("openai")
 serve = pytest.importorskip("mambainllama.serve")
@@ -122,8 +124,11 @@ def test_streams(served, stops):
     assert told == [row.text for row in want] and finish == {i: row.finish for i, row in enumerate(want)}
     for entries, row in zip(likely, want):
         assert [e.logprob for e in entries[:len(row.tokens)]] == [found[t] for t, found in zip(row.tokens, row.logprobs)]
-        assert [[top.logprob for top in e.top_logprobs] for e in entries[:len(row.tokens)]] == [list(found.values())[:2] for found in row.logprobs]
+        tops = [[top.logprob for top in e.top_logprobs] for e in entries[:len(row.tokens)]]
+        assert tops == [list(found.values())[:2] for found in row.logprobs]
         assert len(entries) == len(row.tokens) + (row.end is not None)
+        said = b"".join(bytes(e.bytes) for e in entries[:len(row.tokens)])  # a token is a byte here, and the bytes make the text
+        assert len(said) >= len(row.tokens) and (stops or said.decode("utf-8", "replace") == row.text)
     assert usage.completion_tokens == sum(len(row.tokens) for row in want)
     if engine.draft:
         assert 0 < usage.completion_tokens_details.accepted_prediction_tokens
@@ -150,12 +155,15 @@ def test_echo_tells_the_prompts_log_probabilities(served):
             if "\ufffd" not in shown.tokens[k]:
                 assert text[shown.text_offset[k]:].startswith(shown.tokens[k])
     assert client.completions.create(model="any", prompt=text, max_tokens=2, echo=True).choices[0].text.startswith(text)
+    for stream in (False, True):
+        assert json.loads(raw(client, "POST", "/v1/completions", {"prompt": "abc", "max_tokens": 0, "echo": True, "stream": stream})[2]
+                          .removeprefix("data: ").split("\n\n")[0])["choices"][0]["text"] == "abc"
 
 
 def test_two_hundred_clients_of_whom_some_vanish(served):
     client, engine, model = served
     rng = np.random.default_rng(0)
-    asked = [(rng.integers(0, 256, rng.integers(1, 300 if i % 9 == 0 else 30)).tolist(), int(rng.integers(1, 30)), bool(i % 2)) for i in range(200)]
+    asked = [(rng.integers(0, 256, rng.integers(1, 300 if i % 9 == 0 else 30)).tolist(), int(rng.integers(1, 30)), i % 2) for i in range(200)]
 
     async def one(many, i):
         prompt, limit, sampled = asked[i]
@@ -174,15 +182,11 @@ def test_two_hundred_clients_of_whom_some_vanish(served):
 
     answers = asyncio.run(all_())
     stay = [i for i in range(200) if i % 5]
-    want = {}
-    for i in stay:
-        prompt, limit, sampled = asked[i]
-        want[i] = (prompt, limit, float(sampled))
-    for i in stay:
-        if want[i][2]:
-            assert answers[i] == mil.generate(model, want[i][0], max_new_tokens=want[i][1], temperature=1, seed=i, draft=engine.draft)[0].text
-    greedy = [i for i in stay if not want[i][2]]
-    out = mil.generate(model, [want[i][0] for i in greedy], max_new_tokens=[want[i][1] for i in greedy])
+    for i, (prompt, limit, sampled) in enumerate(asked):
+        if i in stay and sampled:
+            assert answers[i] == mil.generate(model, prompt, max_new_tokens=limit, temperature=1, seed=i, draft=engine.draft)[0].text
+    greedy = [i for i in stay if not asked[i][2]]
+    out = mil.generate(model, [asked[i][0] for i in greedy], max_new_tokens=[asked[i][1] for i in greedy])
     assert [answers[i] for i in greedy] == [row.text for row in out]
     until(lambda: engine.idle)
     assert meter(client, "rows_in_use") == meter(client, "queue_rows") == 0 and meter(client, "rows_cancelled_total") > 0
@@ -195,7 +199,8 @@ def test_a_client_that_goes_away_frees_its_row(spoken, monkeypatch):  # noqa: F8
         for stream in (True, False):
             connection = http.client.HTTPConnection("127.0.0.1", client.base_url.port)
             before = engine.counts["cancelled"]
-            connection.request("POST", "/v1/completions", json.dumps({"prompt": [[1, 2], [3]], "max_tokens": 400, "stream": stream, "temperature": 0}))
+            body = {"prompt": [[1, 2], [3]], "max_tokens": 400, "stream": stream, "temperature": 0}
+            connection.request("POST", "/v1/completions", json.dumps(body))
             until(lambda: engine.rows_in_use and engine.waiting)
             connection.sock.close()
             connection.close()
@@ -227,11 +232,11 @@ def test_a_remembered_beginning_changes_nothing(spoken, draft):  # noqa: F811
 
 
 BAD = [
-    ({"prompt": []}, "prompt"), ({}, "prompt"), ({"prompt": [1, 999]}, "prompt"), ({"prompt": [1], "n": 0}, "n"), ({"prompt": "\ud800"}, "prompt"),
-    ({"prompt": [1], "temperature": -1}, "temperature"), ({"prompt": [1], "temperature": "hot"}, "temperature"), ({"prompt": [1], "top_p": 0}, "top_p"),
-    ({"prompt": [1], "stop": [""]}, "stop"), ({"prompt": [1], "max_tokens": 600}, "prompt"), ({"prompt": [1] * 513}, "prompt"),
-    ({"prompt": [1], "logprobs": -1}, "logprobs"), ({"prompt": [1], "stream": "yes"}, "stream"), ({"prompt": [1], "presence_penalty": 1}, "presence_penalty"),
-    ({"prompt": [1], "n": 5000}, "n"), ({"prompt": [1], "seed": 1.5}, "seed"), ({"prompt": [1], "logit_bias": {"5": 1}}, "logit_bias"),
+    ({"prompt": []}, "prompt"), ({}, "prompt"), ({"prompt": [1, 999]}, "prompt"), ({"prompt": "\ud800"}, "prompt"),
+    ({"prompt": [1] * 513}, "prompt"), ({"prompt": [1], "max_tokens": 600}, "prompt"),
+    *(({"prompt": [1], name: value}, name) for name, value in [
+        ("n", 0), ("n", 5000), ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("stop", [""]), ("logprobs", -1), ("stream", "yes"),
+        ("seed", 1.5), ("presence_penalty", 1), ("logit_bias", {"5": 1})]),
 ]
 
 
@@ -330,12 +335,13 @@ def test_memory_stays_flat(served):
 
 def test_the_command_drains(spoken):  # noqa: F811
     """SIGTERM: what runs is finished, what comes is refused, the exit code is 0."""
-    command = [sys.executable, "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MIL_NUM_THREADS": "1"}) as process:
+    command = [sys.executable, "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "2"]
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MIL_NUM_THREADS": "1"})
+    with subprocess.Popen(command, **how) as process:
         port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         client.models.list()  # and the connection stays
-        stream = client.completions.create(model="x", prompt="go", max_tokens=500, stream=True, temperature=1, seed=1, logprobs=0)
+        stream = client.completions.create(model="x", prompt="go", n=12, max_tokens=500, stream=True, temperature=1, seed=1, logprobs=0)
         events = [next(stream)]
         process.send_signal(signal.SIGTERM)
         refused = []
@@ -345,7 +351,44 @@ def test_the_command_drains(spoken):  # noqa: F811
                     client.completions.create(model="x", prompt="more")
                 refused.append(e.value.status_code)
             events.append(event)
-        want = mil.generate(spoken, "go", max_new_tokens=500, temperature=1, seed=1)[0]
-        assert "".join(e.choices[0].text for e in events) == want.text
+        want = mil.generate(spoken, ["go"] * 12, max_new_tokens=500, temperature=1, seed=1)
+        assert ["".join(e.choices[0].text for e in events if e.choices[0].index == i) for i in range(12)] == [row.text for row in want]
         client.close()
         assert process.wait(20) == 0 and process.stderr.read() == "" and refused == [503]
+
+
+def test_frequencies_that_depend_on_the_length():
+    """Dynamic RoPE is the rows' longest, so rows are decoded alone."""
+    model = mil.load(str(Path(__file__).parent / "data" / "llama-dynamic"))
+    prompts = np.random.default_rng(0).integers(3, 83, (3, 14)).tolist()
+    with serving(model, context=60) as (client, engine):
+        got = client.completions.create(model="x", prompt=prompts, max_tokens=8, temperature=0)
+        assert len(engine.table.seats) == 1
+        assert [c.token_ids for c in got.choices] == [mil.generate(model, p, max_new_tokens=8)[0].tokens for p in prompts]
+
+
+@pytest.mark.parametrize("sizes, sentence", [
+    (dict(rows=0), "rows must be"), (dict(context=0), "context must be"), (dict(queue=0), "queue must be"), (dict(cache=-1), "cache must be"),
+    (dict(lookahead=16), "lookahead")])
+def test_an_engine_of_impossible_sizes(spoken, sizes, sentence):  # noqa: F811
+    with pytest.raises(ValueError, match=sentence):
+        Engine(spoken, **sizes)
+
+
+def test_an_address_that_is_taken(spoken):  # noqa: F811
+    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="cannot serve at 127.0.0.1:"):
+        serve.serve(spoken, port=taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("device", on("cuda32", "cuda"), indirect=True)
+def test_on_a_gpu(device):
+    model, helper = mil.random(config("hybrid2"), seed=0, **device.how), near("transformer", 1, **device.how)
+    prompts = [[1, 2, 3], list(range(40)), [9]]
+    for draft in (None, helper):
+        with serving(model, draft, rows=2) as (client, engine):
+            for how in (dict(temperature=0), dict(temperature=1, seed=5)):
+                for _ in range(2):  # the second time from what was kept
+                    got = client.completions.create(model="x", prompt=prompts, max_tokens=5, n=2, **how).choices
+                    want = mil.generate(model, [p for p in prompts for _ in range(2)], max_new_tokens=5, draft=draft, **how)
+                    assert [c.token_ids for c in got] == [row.tokens for row in want]
+            assert engine.counts["cache_hits"] > 0
