@@ -221,10 +221,11 @@ def _parser():
 
     p = command("push", _push, "Upload a model to the Hugging Face hub, with a card made from its run.", """\
   mambainllama push run org/name
-  mambainllama push hybrid org/name --private""")
+  mambainllama push hybrid org/name --private --evaluation hybrid-alpaca""")
     p.add_argument("folder", help="of a model, or of a run: its `out`")
     p.add_argument("repo", help="org/name")
     p.add_argument("--private", action="store_true", help="only its owner sees it")
+    p.add_argument("--evaluation", action="append", default=[], metavar="DIR", help="of `evaluate`: its scores go into the card; repeatable")
 
     p = command("serve", _serve, "Serve a model to OpenAI's clients, and a page to chat with it; Ctrl-C ends, twice at once.", """\
   mambainllama serve hybrid
@@ -337,7 +338,7 @@ def _convert(args):
 
 def _push(args):
     import mambainllama as mil
-    print(mil.push(args.folder, args.repo, args.private))
+    print(mil.push(args.folder, args.repo, args.private, args.evaluation))
 
 
 def _export(args):

@@ -42,15 +42,15 @@ def fetch(folder, weights=True):
     return found
 
 
-def push(folder, repo, private=False):
+def push(folder, repo, private=False, evaluations=()):
     """Uploads a model folder, or the model of a run's folder (mil.distill's or mil.run's `out`), to the hub's `repo`; → its address.
 
-    With it goes a model card, README.md: layers, stages, losses, evaluations and the recipe, from what the run left; the folder's own
-    README.md instead if there is one. ValueError in one sentence: no model there, no library, no network, no leave to write."""
+    With it goes a model card, README.md: layers, stages, losses and the recipe, from what the run left, and the scores of `evaluations`,
+    folders that mil.evaluate wrote, and of those within the run's; the folder's own README.md instead if there is one. ValueError in one sentence: no model there, no library, no network, no leave to write."""
     if not NAME.fullmatch(repo) or "@" in repo:
         raise ValueError(f"{show(repo)} is no name on the hub, expected org/name")
     model, runs = _runs(Path(folder))
-    card = None if (model / "README.md").exists() else model_card(model, runs, repo)
+    card = None if (model / "README.md").exists() else model_card(model, runs, repo, evaluations)
     library = _library(f"to upload to {repo}")
     try:
         api = library.HfApi()
@@ -90,9 +90,10 @@ def _runs(folder):
     return folder, [run]
 
 
-def model_card(model, runs, repo):
-    """README.md's text for a model folder and the folders of its training (each with report.json, perhaps part.json, evaluation/*.json)."""
-    from .info import describe  # here: it reads folders through fetch
+def model_card(model, runs, repo, evaluations=()):
+    """README.md's text for a model folder and the folders of its training (each with report.json, perhaps part.json) and evaluation."""
+    from .evaluate.compare import read  # here: both read folders through fetch
+    from .info import describe
 
     config = read_json(model / "config.json")
     base = config.get("_name_or_path") or _teacher(runs)
@@ -121,10 +122,12 @@ def model_card(model, runs, repo):
             rows.append([run.name, stage["stage"] + 1, stage["step"], f"{stage['tokens'] / 1e6:.2f}", ", ".join(values)])
     if rows:
         out += ["## Training", _table(["run", "stage", "last step", "million tokens", "at its end"], rows)]
-    scores = [[file.stem, key, f"{value:g}"] for place in (model, *runs) for file in sorted((place / "evaluation").glob("*.json"))
-              for key, value in read_json(file).items() if type(value) in (int, float)]
+    near = sorted({file.parent for place in (model, model.parent if runs else model, *runs) for file in place.glob("*/results.json")})
+    scores = []
+    for kind, results, _ in map(read, dict.fromkeys([*evaluations, *near])):
+        scores += [[kind, results["model"], key, f"{value:g}", results.get("judge") or ""] for key, value in results["scores"].items() if value is not None]
     if scores:
-        out += ["## Evaluation", _table(["evaluation", "measure", "value"], scores)]
+        out += ["## Evaluation", _table(["evaluation", "model", "measure", "value", "judge"], scores)]
     if recipes:
         out += ["## Recipe", *recipes]
     return "\n\n".join(out) + "\n"

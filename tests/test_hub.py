@@ -105,12 +105,15 @@ def test_push_of_a_run(hub, capsys):
                                               {"distill": {"data": "rows.jsonl", "steps": 2, "length": 16, "batch": 2}},
                                               {"train": {"data": "rows.jsonl", "steps": 1, "length": 16, "batch": 2}}]}
     mil.run(plan, "run")
-    Path("run/3-train/evaluation").mkdir()
-    Path("run/3-train/evaluation/alpaca.json").write_text(json.dumps({"win_rate": 12.5, "judge": "a judge"}))
-    assert main(["push", "run", "org/student"]) == 0 and capsys.readouterr().out.strip().endswith("https://huggingface.co/org/student")
+    for place, kind, scores in [("run/3-train/alpaca", "alpaca", {"win_rate": 12.5, "average": None}), ("needle", "needle", {"needle": 0.5})]:
+        Path(place).mkdir()
+        Path(place, "results.json").write_text(json.dumps({"kind": kind, "model": "student", "judge": "a judge", "scores": scores}))
+    with pytest.raises(ValueError, match="rows.jsonl"):
+        mil.push("run", "org/student", evaluations=["rows.jsonl"])
+    assert main(["push", "run", "org/student", "--evaluation", "needle"]) == 0 and capsys.readouterr().out.strip().endswith("https://huggingface.co/org/student")
     head, text = card_of(hub, "org/student")
     assert head["base_model"] == "org/teacher" and head["library_name"] == "mambainllama"
-    for part in ("1 attention (1)", "| 2-distill | 1 | 2 |", "| 3-train | 1 | 1 |", "kl ", "| alpaca | win_rate | 12.5 |", 'mil.load("org/student")', "steps: 2"):
+    for part in ("1 attention (1)", "| 2-distill | 1 | 2 |", "| 3-train | 1 | 1 |", "kl ", "| alpaca | student | win_rate | 12.5 | a judge |", "| needle | student | needle | 0.5 |", 'mil.load("org/student")', "steps: 2"):
         assert part in text, part
     ids = np.arange(12)[None]
     assert np.array_equal(mil.load("org/student").logits(ids), mil.load("run/3-train/model").logits(ids))
