@@ -76,11 +76,11 @@ def decode_ms(model, state, batch, draft=(None, None), K=0):
     that it reads where all was accepted take as long."""
     slots, zero = np.arange(batch, dtype=np.int32), np.zeros(batch, np.int32)
     none = np.zeros(batch, np.float32)
-    choices = (none, zero, none + 1, none)
+    choices = (none, zero, none + 1, none, np.zeros((batch, 2), np.int32))
     rounds = (slots, zero + 1, zero, zero, zero + K, zero[:, None].copy(), zero + 1)
 
     def step():
-        model.c.round(state.c, *draft, rounds, choices, 0, False)
+        model.c.round(state.c, *draft, rounds, choices, False)
 
     for _ in range(4):  # the first are issued plainly, then recorded
         step()

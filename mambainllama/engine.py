@@ -17,7 +17,8 @@ from .config import is_dynamic
 from .generate import Row, Table, lookahead_of, part_size
 from .model import State
 
-SEATS = {"cpu": 16, "cuda": 32}  # rows decoded side by side
+SEATS = 32  # rows decoded side by side, as far as they fit into
+ROW_BYTES = {"cpu": 4 << 30, "cuda": 32 << 30}  # bytes; at least 4 rows
 CONTEXT = 4096  # tokens of a row, where the model takes as many
 LEAST = 16      # tokens; fewer are read as fast as copied
 MOST_KEPT = 128  # States
@@ -73,21 +74,21 @@ class Engine:
     def __init__(self, model, draft=None, lookahead=4, rows=None, context=None, cache=1 << 30, queue=1024):
         longest = model.config.get("max_position_embeddings") or CONTEXT
         context = min(longest, CONTEXT) if context is None else context
-        rows = SEATS[model.device] if rows is None else rows
         for name, value in (("rows", rows), ("context", context), ("queue", queue)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"serve: {name} must be 1 or more, not {value}")
         if context > longest:
             raise ValueError(f"serve: context must be at most {longest}, the model's, not {context}")
         if cache < 0:
             raise ValueError(f"serve: cache must be 0 or more, not {cache}")
         lookahead = lookahead_of(model, draft, lookahead)
-        if is_dynamic(model.config, model.mamba_config):  # its frequencies are those of the longest row: one at a time
-            rows, cache = 1, 0
         self.model, self.draft, self.context, self.queue = model, draft, context, queue
         self.ends = frozenset(model.stop_tokens)
         self.row_bytes = sum(State(m, 1, context + lookahead + 1).row_bytes for m in ([model, draft] if lookahead else [model]))
+        rows = min(SEATS, max(4, ROW_BYTES[model.device] // self.row_bytes)) if rows is None else rows
         spare = min(cache // self.row_bytes, MOST_KEPT)
+        if is_dynamic(model.config, model.mamba_config):  # its frequencies are those of the longest row: one at a time
+            rows, spare = 1, 0
         self.table = Table(model, draft, lookahead, rows, context, spare)
         self.prefixes = _Prefixes(part_size(model), range(rows, rows + spare))
         self.counts = dict.fromkeys(("rows", "prompt_tokens", "cached_tokens", "new_tokens", "cache_hits", "cache_misses", "cancelled"), 0)
