@@ -188,17 +188,13 @@ def _content(content):
 # ---- tokens as text ------------------------------------------------------------------------------------------------------------------------
 
 
-def token_text(tokenizer, id):
-    """A token as it reads inside a text, U+FFFD where it is a part of a character."""
-    if tokenizer is None:
-        return f"token_id:{id}"
-    one = tokenizer.decode([id], skip_special_tokens=False)
-    return tokenizer.decode([id, id], skip_special_tokens=False)[len(one):] or one
+def _piece_of(tokenizer, id):
+    return tokenizer.piece(id) if tokenizer else (f"token_id:{id}", None)
 
 
 def _token(tokenizer, id, logprob):
-    text = token_text(tokenizer, id)
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+    text, content = _piece_of(tokenizer, id)
+    return {"token": text, "logprob": logprob, "bytes": None if content is None else list(content)}
 
 
 class _Choice:
@@ -236,11 +232,11 @@ class _Choice:
     def _completion_logprobs(self, tokens, likely):
         parts = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, found in zip(tokens, likely):
-            parts["tokens"].append(token_text(self.asked.tokenizer, token))
+            parts["tokens"].append(_piece_of(self.asked.tokenizer, token)[0])
             parts["token_logprobs"].append(found and found[token])
             top = found and {}
             for id, value in (found or {}).items():
-                top.setdefault(token_text(self.asked.tokenizer, id), value)  # of tokens that read the same, the likeliest
+                top.setdefault(_piece_of(self.asked.tokenizer, id)[0], value)  # of tokens that read the same, the likeliest
             parts["top_logprobs"].append(top)
             parts["text_offset"].append(self.offset)
             self.offset += len(self.stream.push(token)) if self.stream else 0

@@ -18,6 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .config import read_file, read_json, said, show, stop_ids
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "additional_special_tokens")
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's byte-level BPE writes as themselves, others from 256 on
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 MARKS = "generation_marks"  # the template variable that holds what to put before and after an answer
 
 
@@ -85,6 +87,17 @@ class Tokenizer:
         """The string of token ids; ids that the tokenizer does not know give nothing."""
         with _refusing("decode takes a list of token ids"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def piece(self, id):
+        """(text, bytes) of one token as it stands inside a text: U+FFFD for parts of characters; bytes None where they are not known."""
+        one = self.decode([id], skip_special_tokens=False)
+        text = self.decode([id, id], skip_special_tokens=False)[len(one):] or one  # decoders trim what begins a text
+        if "\ufffd" not in text:
+            return text, text.encode()
+        name = self._tokenizer.id_to_token(id) or ""
+        if name.startswith("<0x") and len(name) == 6:
+            return text, bytes([int(name[3:5], 16)])
+        return text, bytes(map(BYTES.get, name)) if all(letter in BYTES for letter in name) else None
 
     def stream(self):
         """A Stream: text of ids that come one at a time."""

@@ -13,7 +13,7 @@ import mambainllama as mil
 from mambainllama.cli import main
 from test_generate import config, spoken  # noqa: F401 (a fixture)
 
-COMMANDS = ["demo", "convert", "plan", "distill", "train", "generate", "chat", "info"]
+COMMANDS = ["demo", "convert", "plan", "distill", "train", "generate", "chat", "serve", "info"]
 
 
 @pytest.fixture(scope="module")

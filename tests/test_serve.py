@@ -124,6 +124,8 @@ def test_streams(served, stops):
         assert [e.logprob for e in entries[:len(row.tokens)]] == [found[t] for t, found in zip(row.tokens, row.logprobs)]
         assert [[top.logprob for top in e.top_logprobs] for e in entries[:len(row.tokens)]] == [list(found.values())[:2] for found in row.logprobs]
         assert len(entries) == len(row.tokens) + (row.end is not None)
+        said = b"".join(bytes(e.bytes) for e in entries[:len(row.tokens)])  # a token is a byte here, and the bytes make the text
+        assert len(said) >= len(row.tokens) and (stops or said.decode("utf-8", "replace") == row.text)
     assert usage.completion_tokens == sum(len(row.tokens) for row in want)
     if engine.draft:
         assert 0 < usage.completion_tokens_details.accepted_prediction_tokens
