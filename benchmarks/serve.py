@@ -2,12 +2,13 @@
 
 The command runs as its users run it, in a process of its own, and the client is plain HTTP in this one. The same requests, of prompts of 8
 to --longest tokens and 8 to --new new ones (greedy, no stop tokens where the model is random), are sent one after the other and then all
-at once; a warm-up before. Beginnings are not remembered (--cache 0), so that the second pass has no advantage. Then a chat of growing
+at once; a warm-up before. Beginnings are not remembered (--cache 0), so that the second pass has no advantage. The CPU seconds are the server's. Then a chat of growing
 length is asked again with remembered beginnings, for what they save. Without FOLDER a model of random weights and --layers of width
 --width in bf16. The last line is JSON."""
 import argparse
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,11 @@ class Serving:
         connection.close()
         return time.perf_counter() - start, usage
 
+    def cpu_seconds(self):
+        """Of the server's process so far; less than wall seconds say, this depends on what else the machine does."""
+        with open(f"/proc/{self.process.pid}/stat") as f:
+            return sum(map(int, f.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
     def metric(self, name):
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         connection.request("GET", "/metrics")
@@ -60,9 +66,9 @@ def main():
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draft")
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--longest", type=int, default=64)
-    parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=32)
+    parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--attention", type=float, default=0.5)
@@ -72,31 +78,33 @@ def main():
         if not args.folder:
             random_model(folder, args.width, args.layers, args.attention)
         rng = np.random.default_rng(0)
-        asked = [(rng.integers(0, 1000, rng.integers(8, args.longest + 1)).tolist(), int(rng.integers(8, args.new + 1))) for _ in range(args.requests)]
+        with open(os.path.join(folder, "config.json")) as f:
+            vocabulary = json.load(f)["vocab_size"]
+        asked = [(rng.integers(0, vocabulary, rng.integers(8, args.longest + 1)).tolist(), int(rng.integers(8, args.new + 1))) for _ in range(args.requests)]
         options = [folder, "--device", args.device, *(["--draft", args.draft] if args.draft else [])]
         with Serving(*options, "--cache", 0) as server:
             for prompt, new in asked[:3]:
                 server.ask(prompt, new)
             result = {}
             for name, workers in (("one at a time", 1), ("together", args.requests)):
-                before, start = server.metric("rounds_total"), time.perf_counter()
+                before, cpu, start = server.metric("rounds_total"), server.cpu_seconds(), time.perf_counter()
                 with ThreadPoolExecutor(workers) as pool:
                     answers = list(pool.map(lambda a: server.ask(*a), asked))
-                wall = time.perf_counter() - start
+                wall, cpu = time.perf_counter() - start, server.cpu_seconds() - cpu
                 tokens = sum(usage["completion_tokens"] for _, usage in answers)
                 latency = sorted(seconds for seconds, _ in answers)
-                result[name] = {"seconds": wall, "tokens_per_second": tokens / wall, "requests_per_second": len(asked) / wall,
+                result[name] = {"seconds": wall, "cpu_seconds": cpu, "tokens_per_second": tokens / wall, "requests_per_second": len(asked) / wall,
                                 "latency_median": latency[len(latency) // 2], "latency_p95": latency[int(0.95 * len(latency))],
                                 "rounds": server.metric("rounds_total") - before, "acceptance": server.metric("acceptance")}
                 print(f"{name:14s} {wall:7.2f} s {tokens / wall:8.1f} tokens/s {len(asked) / wall:7.2f} requests/s, "
-                      f"latency {latency[len(latency) // 2]:.2f} s (95 %: {latency[int(0.95 * len(latency))]:.2f} s)")
+                      f"latency {latency[len(latency) // 2]:.2f} s (95 %: {latency[int(0.95 * len(latency))]:.2f} s), {cpu:.2f} s of CPU")
             result["gain"] = result["one at a time"]["seconds"] / result["together"]["seconds"]
             print(f"together is {result['gain']:.2f} times as fast")
-        chat = rng.integers(0, 1000, 1280).tolist()
+        chat = rng.integers(0, vocabulary, 900).tolist()
         with Serving(*options) as server:
             server.ask(asked[0][0], 8)
-            turns = [server.ask(chat[:n], 1) for n in (1024, 1100, 1280)]
-            again = server.ask(chat, 1)
+            turns = [server.ask(chat[:n], 1) for n in (700, 800, 900)]
+            again = server.ask(chat[:900], 1)
         result["chat"] = [{"prompt": usage["prompt_tokens"], "cached": usage["prompt_tokens_details"]["cached_tokens"], "seconds": seconds}
                           for seconds, usage in [*turns, again]]
         for turn in result["chat"]:

@@ -37,28 +37,35 @@ class Draining(Exception):
 
 
 class Request:
-    """Rows that came together. notify(news) is called from the engine's thread with a list of (row, text) for what became certain in a
-    round, text None for the end of a row; or with an Exception, after which nothing comes. cancel: its rows leave at the next round."""
+    """Rows that came together. notify(news) is called from the engine's thread with a list of (row, text), text None for the end of a row:
+    live, after each round, of what became certain in it; else of the ends alone, when all rows have theirs. Or with an Exception, after
+    which nothing comes. cancel: its rows leave at the next round."""
 
-    def __init__(self, notify):
-        self.notify, self.rows, self.news, self.cancelled = notify, [], [], False
+    def __init__(self, notify, live=True):
+        self.notify, self.live, self.rows, self.news, self.cancelled = notify, live, [], [], False
+        self.open = 0  # rows that have not ended
 
     def row(self, engine, ids, max_new_tokens, stop, logprobs, echo, choice, seed):
         """Adds a continuation of `ids`; arguments as generate's, and checked: choice has a value for each of its CHOICES."""
         model = engine.model
-        row = Row(len(self.rows), ids, max_new_tokens, model.tokenizer, stop, engine.ends, logprobs, self._news, None, choice, seed,
-                  echo and logprobs is not None)
-        row.request, row.cached = self, 0
+        row = Row(len(self.rows), ids, max_new_tokens, model.tokenizer, stop, engine.ends, logprobs,
+                  self._more if self.live else None, None, choice, seed, echo and logprobs is not None)
+        row.request, row.cached, row.done = self, 0, self._done
         self.rows.append(row)
+        self.open += 1
+        if row.finished:  # already: nothing was asked for
+            self._done(row.place, row.out)
 
-    def _news(self, place, token, text):
-        if text or token is not None and self.rows[place].stream is None:
+    def _more(self, place, token, text):
+        if place < len(self.rows) and (text or token is not None and self.rows[place].tokenizer is None):
             self.news.append((self.rows[place], text))
-        if token is None:
-            self.news.append((self.rows[place], None))
+
+    def _done(self, place, completion):
+        self.open -= 1
+        self.news.append((self.rows[place], None))
 
     def flush(self):
-        if self.news:
+        if self.news and (self.live or self.open == 0):
             news, self.news = self.news, []
             self.notify(news)
 

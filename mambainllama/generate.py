@@ -233,7 +233,8 @@ class Row:
         self.echoed, self.ended = [], None
         self.out = Completion(logprobs=None if logprobs is None else [])
         self.likeliest = logprobs
-        self.stream = tokenizer.stream() if tokenizer else None
+        self.tokenizer = tokenizer
+        self.stream = tokenizer.stream() if tokenizer and (stops or callback) else None  # else the text is made of all tokens at the end
         self.held = ""  # text that may turn out to begin a stop string
         self.finished = False
         if limit == 0 and not echo:
@@ -278,6 +279,8 @@ class Row:
         """Ends it; -> True."""
         if self._stops(self.stream.flush() if self.stream else ""):
             why = "stop"
+        if self.tokenizer and not (self.stops or self.callback):
+            self.held = self.tokenizer.decode(self.out.tokens)
         self._emit(None, len(self.held))
         self.out.finish, self.finished = why, True
         if self.done:

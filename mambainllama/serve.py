@@ -9,6 +9,7 @@ import math
 import secrets
 import signal
 import socket
+import sys
 import time
 from bisect import bisect_left
 from contextlib import suppress
@@ -27,6 +28,7 @@ from .engine import Draining, Engine, Full, Request
 from .generate import encode_prompt
 
 BODY_BYTES = 32 << 20
+INLINE_BYTES = 1 << 16  # text that is encoded in no time
 MOST_LOGPROBS = 100
 SEEDS = 1 << 53
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)  # seconds
@@ -302,15 +304,18 @@ class Api:
 
     async def _answer(self, http, chat):
         began = time.perf_counter()
-        body = await _read_json(http)
+        body, size = await _read_json(http)
         queue, loop = asyncio.Queue(), asyncio.get_running_loop()
 
         def notify(news):  # from the engine's thread
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(queue.put_nowait, news)
 
-        request = Request(notify)
-        asked = await run_in_threadpool(_Asked, body, chat, self.engine, request)
+        request = Request(notify, live=body.get("stream") is True)
+        if size > INLINE_BYTES:
+            asked = await run_in_threadpool(_Asked, body, chat, self.engine, request)
+        else:
+            asked = _Asked(body, chat, self.engine, request)
         try:
             self.engine.submit(request)
         except Draining:
@@ -318,7 +323,7 @@ class Api:
         except Full as full:
             raise Refused(429, str(full), headers={"Retry-After": str(full.seconds)}) from None
         gone = asyncio.ensure_future(_gone(http, request, queue))
-        news = self._news(queue, len(request.rows), began, gone)
+        news = self._news(queue, request, began, gone)
         head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "created": int(time.time()), "model": self.name}
         if asked.stream:
             return StreamingResponse(self._stream(asked, news, head), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -332,9 +337,9 @@ class Api:
         return JSONResponse({**head, "object": "chat.completion" if chat else "text_completion",
                              "choices": [_whole(asked, row) for row in request.rows], "usage": asked.usage()})
 
-    async def _news(self, queue, rows, began, gone):
+    async def _news(self, queue, request, began, gone):
         """(row, text) until every row has ended; raises what the engine met, and ClientDisconnect."""
-        first = True
+        first, rows = request.live, len(request.rows)
         try:
             while rows:
                 news = await queue.get()
@@ -433,7 +438,7 @@ async def _read_json(http):
         raise Refused(400, f"the request is not JSON: {said(error)}") from None
     if not isinstance(body, dict):
         raise Refused(400, "the request must be a JSON object")
-    return body
+    return body, len(content)
 
 
 async def _gone(http, request, queue):
@@ -503,6 +508,7 @@ def serve(model, draft=None, lookahead=4, host="127.0.0.1", port=8000, name=None
         where = f"[{host}]" if ":" in host else host
         ready(f"{name} at http://{where}:{listening.getsockname()[1]} ({len(engine.table.seats)} rows of {engine.context} tokens, "
               f"{len(engine.prefixes.free)} kept prefixes of {engine.row_bytes / 2**20:.1f} MiB)")
+        sys.setswitchinterval(5e-4)  # a round takes about as long, and the engine's thread should not wait ten for its turn
         try:
             server.run(sockets=[listening])
         finally:

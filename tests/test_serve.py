@@ -152,6 +152,9 @@ def test_echo_tells_the_prompts_log_probabilities(served):
             if "\ufffd" not in shown.tokens[k]:
                 assert text[shown.text_offset[k]:].startswith(shown.tokens[k])
     assert client.completions.create(model="any", prompt=text, max_tokens=2, echo=True).choices[0].text.startswith(text)
+    for stream in (False, True):
+        assert json.loads(raw(client, "POST", "/v1/completions", {"prompt": "abc", "max_tokens": 0, "echo": True, "stream": stream})[2]
+                          .removeprefix("data: ").split("\n\n")[0])["choices"][0]["text"] == "abc"
 
 
 def test_two_hundred_clients_of_whom_some_vanish(served):
@@ -332,12 +335,12 @@ def test_memory_stays_flat(served):
 
 def test_the_command_drains(spoken):  # noqa: F811
     """SIGTERM: what runs is finished, what comes is refused, the exit code is 0."""
-    command = [sys.executable, "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "1"]
+    command = [sys.executable, "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MIL_NUM_THREADS": "1"}) as process:
         port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         client.models.list()  # and the connection stays
-        stream = client.completions.create(model="x", prompt="go", max_tokens=500, stream=True, temperature=1, seed=1, logprobs=0)
+        stream = client.completions.create(model="x", prompt="go", n=12, max_tokens=500, stream=True, temperature=1, seed=1, logprobs=0)
         events = [next(stream)]
         process.send_signal(signal.SIGTERM)
         refused = []
@@ -347,7 +350,7 @@ def test_the_command_drains(spoken):  # noqa: F811
                     client.completions.create(model="x", prompt="more")
                 refused.append(e.value.status_code)
             events.append(event)
-        want = mil.generate(spoken, "go", max_new_tokens=500, temperature=1, seed=1)[0]
-        assert "".join(e.choices[0].text for e in events) == want.text
+        want = mil.generate(spoken, ["go"] * 12, max_new_tokens=500, temperature=1, seed=1)
+        assert ["".join(e.choices[0].text for e in events if e.choices[0].index == i) for i in range(12)] == [row.text for row in want]
         client.close()
         assert process.wait(20) == 0 and process.stderr.read() == "" and refused == [503]
