@@ -238,7 +238,7 @@ def _parser():
     p.add_argument("--name", help="what the model is called in answers (default: the folder's name); requests may call it anything")
     p.add_argument("--api-key", metavar="KEY", default=os.environ.get("MIL_API_KEY"), help="asked of clients (default: MIL_API_KEY, else none)")
     p.add_argument("--rows", type=int, metavar="N", help="requests decoded side by side (default: 32, or as many as fit into 4 GiB, on a GPU 32 GiB)")
-    p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer (default: the model's, at most 4096)")
+    p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer, also beyond what the model was made for (default: the model's, at most 4096)")
     p.add_argument("--queue", type=int, metavar="N", default=1024, help="most requests that wait (default: 1024)")
     p.add_argument("--cache", type=int, metavar="MIB", default=1024, help="memory for states of prompts' beginnings (default: 1024)")
     device_and_dtype(p)

@@ -84,8 +84,6 @@ class Engine:
         for name, value in (("rows", rows), ("context", context), ("queue", queue)):
             if value is not None and value < 1:
                 raise ValueError(f"serve: {name} must be 1 or more, not {value}")
-        if context > longest:
-            raise ValueError(f"serve: context must be at most {longest}, the model's, not {context}")
         if cache < 0:
             raise ValueError(f"serve: cache must be 0 or more, not {cache}")
         lookahead = lookahead_of(model, draft, lookahead)

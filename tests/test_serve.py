@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -354,3 +355,25 @@ def test_the_command_drains(spoken):  # noqa: F811
         assert ["".join(e.choices[0].text for e in events if e.choices[0].index == i) for i in range(12)] == [row.text for row in want]
         client.close()
         assert process.wait(20) == 0 and process.stderr.read() == "" and refused == [503]
+
+
+def test_frequencies_that_depend_on_the_length():
+    """Dynamic RoPE is the rows' longest, so rows are decoded alone."""
+    model = mil.load(str(Path(__file__).parent / "data" / "llama-dynamic"))
+    prompts = np.random.default_rng(0).integers(3, 83, (3, 14)).tolist()
+    with serving(model, context=60) as (client, engine):
+        got = client.completions.create(model="x", prompt=prompts, max_tokens=8, temperature=0)
+        assert len(engine.table.seats) == 1
+        assert [c.token_ids for c in got.choices] == [mil.generate(model, p, max_new_tokens=8)[0].tokens for p in prompts]
+
+
+@pytest.mark.parametrize("sizes, sentence", [(dict(rows=0), "rows must be"), (dict(context=0), "context must be"), (dict(queue=0), "queue must be"),
+                                             (dict(cache=-1), "cache must be"), (dict(lookahead=16), "lookahead")])
+def test_an_engine_of_impossible_sizes(spoken, sizes, sentence):  # noqa: F811
+    with pytest.raises(ValueError, match=sentence):
+        Engine(spoken, **sizes)
+
+
+def test_an_address_that_is_taken(spoken):  # noqa: F811
+    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="cannot serve at 127.0.0.1:"):
+        serve.serve(spoken, port=taken.getsockname()[1])
