@@ -1,10 +1,10 @@
 """What the server gives together and one at a time: `python benchmarks/serve.py [FOLDER] [--device cuda] [--draft FOLDER]`.
 
 The command runs as its users run it, in a process of its own, and the client is plain HTTP in this one. The same requests, of prompts of 8
-to --longest tokens and 8 to --new new ones (greedy, no stop tokens where the model is random), are sent one after the other and then all
-at once; a warm-up before. Beginnings are not remembered (--cache 0), so that the second pass has no advantage. The CPU seconds are the server's. Then a chat of growing
-length is asked again with remembered beginnings, for what they save. Without FOLDER a model of random weights and --layers of width
---width in bf16. The last line is JSON."""
+to --longest tokens and 8 to --new new ones (greedy), are sent one after the other and then all at once, after a warm-up. Beginnings are not
+remembered (--cache 0), so that the second pass has no advantage. The CPU seconds are the server's. Then a chat of growing length is asked
+with remembered beginnings, for what they save. Without FOLDER a model of random weights, --layers of width --width in bf16. The last line
+is JSON."""
 import argparse
 import http.client
 import json
@@ -29,8 +29,8 @@ def random_model(folder, width, layers, attention):
 
 class Serving:
     def __init__(self, *args):
-        self.process = subprocess.Popen([sys.executable, "-m", "mambainllama", "serve", *map(str, args), "--port", "0"], stdout=subprocess.PIPE,
-                                        text=True)
+        command = [sys.executable, "-m", "mambainllama", "serve", *map(str, args), "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.port = int(self.process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
 
     def __enter__(self):
@@ -80,7 +80,8 @@ def main():
         rng = np.random.default_rng(0)
         with open(os.path.join(folder, "config.json")) as f:
             vocabulary = json.load(f)["vocab_size"]
-        asked = [(rng.integers(0, vocabulary, rng.integers(8, args.longest + 1)).tolist(), int(rng.integers(8, args.new + 1))) for _ in range(args.requests)]
+        asked = [(rng.integers(0, vocabulary, rng.integers(8, args.longest + 1)).tolist(), int(rng.integers(8, args.new + 1)))
+                 for _ in range(args.requests)]
         options = [folder, "--device", args.device, *(["--draft", args.draft] if args.draft else [])]
         with Serving(*options, "--cache", 0) as server:
             for prompt, new in asked[:3]:
@@ -93,7 +94,8 @@ def main():
                 wall, cpu = time.perf_counter() - start, server.cpu_seconds() - cpu
                 tokens = sum(usage["completion_tokens"] for _, usage in answers)
                 latency = sorted(seconds for seconds, _ in answers)
-                result[name] = {"seconds": wall, "cpu_seconds": cpu, "tokens_per_second": tokens / wall, "requests_per_second": len(asked) / wall,
+                result[name] = {"seconds": wall, "cpu_seconds": cpu, "tokens_per_second": tokens / wall,
+                                "requests_per_second": len(asked) / wall,
                                 "latency_median": latency[len(latency) // 2], "latency_p95": latency[int(0.95 * len(latency))],
                                 "rounds": server.metric("rounds_total") - before, "acceptance": server.metric("acceptance")}
                 print(f"{name:14s} {wall:7.2f} s {tokens / wall:8.1f} tokens/s {len(asked) / wall:7.2f} requests/s, "

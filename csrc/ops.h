@@ -255,7 +255,8 @@ void verify(int32_t *accepted, int32_t *token, const float *logits, const int32_
             const float *u_accept, const float *u_sample, size_t B, size_t K, size_t V);
 /* u[b] in [0,1): the first word of Philox4x32-10 (Salmon et al. 2011), key = (low, high), the seed's words, counter = (index, position,
  * use, 0). */
-void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high, size_t B);
+void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high,
+             size_t B);
 
 /* ---- transfer.c ---------------------------------------------------------------------------------------------------- */
 

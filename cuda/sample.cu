@@ -527,6 +527,7 @@ void sample(int32_t *token, const float *logits, const float *temperature, const
   verify(nullptr, token, logits, nullptr, nullptr, nullptr, temperature, top_k, top_p, min_p, nullptr, u, B, 0, V);
 }
 
-void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high, size_t B) {
+void uniform(float *u, const int32_t *index, const int32_t *position, const int32_t *use, const int32_t *low, const int32_t *high,
+             size_t B) {
   LAUNCH(uniform_values, blocks_for(B, 128), 128, 0, u, index, position, use, low, high, B);
 }

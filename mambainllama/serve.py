@@ -33,9 +33,9 @@ MOST_LOGPROBS = 100
 SEEDS = 1 << 53
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)  # seconds
 # what we cannot do: the values of it that ask for nothing
-UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "logit_bias": ({},),
-               "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "suffix": ("",), "best_of": (1,),
-               "modalities": (["text"],)}
+UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
+               "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "suffix": ("",),
+               "best_of": (1,), "modalities": (["text"],)}
 
 
 class Refused(Exception):
@@ -182,12 +182,13 @@ def _content(content):
     """A message's text; OpenAI's clients may give it in parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+    plain = lambda part: isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    if isinstance(content, list) and all(map(plain, content)):
         return "".join(part["text"] for part in content)
     raise Refused(400, "a message's content must be text, or a list of parts of text", "messages")
 
 
-# ---- tokens as text ------------------------------------------------------------------------------------------------------------------------
+# ---- tokens as text ----------------------------------------------------------------------------------------------------------------------
 
 
 def _piece_of(tokenizer, id):
@@ -245,7 +246,7 @@ class _Choice:
         return parts
 
 
-# ---- the application -----------------------------------------------------------------------------------------------------------------------
+# ---- the application ---------------------------------------------------------------------------------------------------------------------
 
 
 class Api:
@@ -260,8 +261,9 @@ class Api:
                     Route("/metrics", self.metrics, methods=["GET"]), route("/v1/models", self.models, "GET"),
                     route("/v1/models/{name:path}", self.model, "GET"), route("/v1/completions", self.completions, "POST"),
                     route("/v1/chat/completions", self.chat, "POST")],
-            exception_handlers={HTTPException: lambda request, e: Refused(e.status_code, f"{request.method} {request.url.path}: {e.detail}").response(),
-                                Exception: lambda request, e: Refused(500, f"the server failed: {said(e)}").response()})
+            exception_handlers={
+                HTTPException: lambda request, e: Refused(e.status_code, f"{request.method} {request.url.path}: {e.detail}").response(),
+                Exception: lambda request, e: Refused(500, f"the server failed: {said(e)}").response()})
 
     def _guarded(self, call):
         async def guarded(request):
@@ -391,7 +393,8 @@ class Api:
         c = engine.counts
         values = {
             "requests_total": ("counter", {f'{{code="{code}"}}': n for code, n in sorted(self.statuses.items())}),
-            "queue_rows": ("gauge", len(engine.waiting)), "rows_in_use": ("gauge", engine.rows_in_use), "rows": ("gauge", len(engine.table.seats)),
+            "queue_rows": ("gauge", len(engine.waiting)), "rows_in_use": ("gauge", engine.rows_in_use),
+            "rows": ("gauge", len(engine.table.seats)),
             "rows_finished_total": ("counter", c["rows"]), "rows_cancelled_total": ("counter", c["cancelled"]),
             "prompt_tokens_total": ("counter", c["prompt_tokens"]), "generated_tokens_total": ("counter", stats["decided"]),
             "rounds_total": ("counter", stats["rounds"]), "drafted_tokens_total": ("counter", stats["drafted"]),
@@ -465,7 +468,7 @@ class _Histogram:
                 f"{name}_sum {self.sum}", f"{name}_count {below[-1]}"]
 
 
-# ---- the process ---------------------------------------------------------------------------------------------------------------------------
+# ---- the process -------------------------------------------------------------------------------------------------------------------------
 
 
 class _Server(uvicorn.Server):

@@ -123,7 +123,8 @@ def test_streams(served, stops):
     assert told == [row.text for row in want] and finish == {i: row.finish for i, row in enumerate(want)}
     for entries, row in zip(likely, want):
         assert [e.logprob for e in entries[:len(row.tokens)]] == [found[t] for t, found in zip(row.tokens, row.logprobs)]
-        assert [[top.logprob for top in e.top_logprobs] for e in entries[:len(row.tokens)]] == [list(found.values())[:2] for found in row.logprobs]
+        tops = [[top.logprob for top in e.top_logprobs] for e in entries[:len(row.tokens)]]
+        assert tops == [list(found.values())[:2] for found in row.logprobs]
         assert len(entries) == len(row.tokens) + (row.end is not None)
         said = b"".join(bytes(e.bytes) for e in entries[:len(row.tokens)])  # a token is a byte here, and the bytes make the text
         assert len(said) >= len(row.tokens) and (stops or said.decode("utf-8", "replace") == row.text)
@@ -161,7 +162,7 @@ def test_echo_tells_the_prompts_log_probabilities(served):
 def test_two_hundred_clients_of_whom_some_vanish(served):
     client, engine, model = served
     rng = np.random.default_rng(0)
-    asked = [(rng.integers(0, 256, rng.integers(1, 300 if i % 9 == 0 else 30)).tolist(), int(rng.integers(1, 30)), bool(i % 2)) for i in range(200)]
+    asked = [(rng.integers(0, 256, rng.integers(1, 300 if i % 9 == 0 else 30)).tolist(), int(rng.integers(1, 30)), i % 2) for i in range(200)]
 
     async def one(many, i):
         prompt, limit, sampled = asked[i]
@@ -180,15 +181,11 @@ def test_two_hundred_clients_of_whom_some_vanish(served):
 
     answers = asyncio.run(all_())
     stay = [i for i in range(200) if i % 5]
-    want = {}
-    for i in stay:
-        prompt, limit, sampled = asked[i]
-        want[i] = (prompt, limit, float(sampled))
-    for i in stay:
-        if want[i][2]:
-            assert answers[i] == mil.generate(model, want[i][0], max_new_tokens=want[i][1], temperature=1, seed=i, draft=engine.draft)[0].text
-    greedy = [i for i in stay if not want[i][2]]
-    out = mil.generate(model, [want[i][0] for i in greedy], max_new_tokens=[want[i][1] for i in greedy])
+    for i, (prompt, limit, sampled) in enumerate(asked):
+        if i in stay and sampled:
+            assert answers[i] == mil.generate(model, prompt, max_new_tokens=limit, temperature=1, seed=i, draft=engine.draft)[0].text
+    greedy = [i for i in stay if not asked[i][2]]
+    out = mil.generate(model, [asked[i][0] for i in greedy], max_new_tokens=[asked[i][1] for i in greedy])
     assert [answers[i] for i in greedy] == [row.text for row in out]
     until(lambda: engine.idle)
     assert meter(client, "rows_in_use") == meter(client, "queue_rows") == 0 and meter(client, "rows_cancelled_total") > 0
@@ -201,7 +198,8 @@ def test_a_client_that_goes_away_frees_its_row(spoken, monkeypatch):  # noqa: F8
         for stream in (True, False):
             connection = http.client.HTTPConnection("127.0.0.1", client.base_url.port)
             before = engine.counts["cancelled"]
-            connection.request("POST", "/v1/completions", json.dumps({"prompt": [[1, 2], [3]], "max_tokens": 400, "stream": stream, "temperature": 0}))
+            body = {"prompt": [[1, 2], [3]], "max_tokens": 400, "stream": stream, "temperature": 0}
+            connection.request("POST", "/v1/completions", json.dumps(body))
             until(lambda: engine.rows_in_use and engine.waiting)
             connection.sock.close()
             connection.close()
@@ -233,11 +231,11 @@ def test_a_remembered_beginning_changes_nothing(spoken, draft):  # noqa: F811
 
 
 BAD = [
-    ({"prompt": []}, "prompt"), ({}, "prompt"), ({"prompt": [1, 999]}, "prompt"), ({"prompt": [1], "n": 0}, "n"), ({"prompt": "\ud800"}, "prompt"),
-    ({"prompt": [1], "temperature": -1}, "temperature"), ({"prompt": [1], "temperature": "hot"}, "temperature"), ({"prompt": [1], "top_p": 0}, "top_p"),
-    ({"prompt": [1], "stop": [""]}, "stop"), ({"prompt": [1], "max_tokens": 600}, "prompt"), ({"prompt": [1] * 513}, "prompt"),
-    ({"prompt": [1], "logprobs": -1}, "logprobs"), ({"prompt": [1], "stream": "yes"}, "stream"), ({"prompt": [1], "presence_penalty": 1}, "presence_penalty"),
-    ({"prompt": [1], "n": 5000}, "n"), ({"prompt": [1], "seed": 1.5}, "seed"), ({"prompt": [1], "logit_bias": {"5": 1}}, "logit_bias"),
+    ({"prompt": []}, "prompt"), ({}, "prompt"), ({"prompt": [1, 999]}, "prompt"), ({"prompt": "\ud800"}, "prompt"),
+    ({"prompt": [1] * 513}, "prompt"), ({"prompt": [1], "max_tokens": 600}, "prompt"),
+    *(({"prompt": [1], name: value}, name) for name, value in [
+        ("n", 0), ("n", 5000), ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("stop", [""]), ("logprobs", -1), ("stream", "yes"),
+        ("seed", 1.5), ("presence_penalty", 1), ("logit_bias", {"5": 1})]),
 ]
 
 
@@ -337,7 +335,8 @@ def test_memory_stays_flat(served):
 def test_the_command_drains(spoken):  # noqa: F811
     """SIGTERM: what runs is finished, what comes is refused, the exit code is 0."""
     command = [sys.executable, "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MIL_NUM_THREADS": "1"}) as process:
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MIL_NUM_THREADS": "1"})
+    with subprocess.Popen(command, **how) as process:
         port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         client.models.list()  # and the connection stays
@@ -367,8 +366,9 @@ def test_frequencies_that_depend_on_the_length():
         assert [c.token_ids for c in got.choices] == [mil.generate(model, p, max_new_tokens=8)[0].tokens for p in prompts]
 
 
-@pytest.mark.parametrize("sizes, sentence", [(dict(rows=0), "rows must be"), (dict(context=0), "context must be"), (dict(queue=0), "queue must be"),
-                                             (dict(cache=-1), "cache must be"), (dict(lookahead=16), "lookahead")])
+@pytest.mark.parametrize("sizes, sentence", [
+    (dict(rows=0), "rows must be"), (dict(context=0), "context must be"), (dict(queue=0), "queue must be"), (dict(cache=-1), "cache must be"),
+    (dict(lookahead=16), "lookahead")])
 def test_an_engine_of_impossible_sizes(spoken, sizes, sentence):  # noqa: F811
     with pytest.raises(ValueError, match=sentence):
         Engine(spoken, **sizes)
