@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import mambainllama as mil
-from test_generate import spoken  # noqa: F401 (a fixture)
+from conftest import on
+from test_generate import config, near, spoken  # noqa: F401 (a fixture)
 
 openai = pytest.importorskip("openai")
 serve = pytest.importorskip("mambainllama.serve")
@@ -377,3 +378,17 @@ def test_an_engine_of_impossible_sizes(spoken, sizes, sentence):  # noqa: F811
 def test_an_address_that_is_taken(spoken):  # noqa: F811
     with serve.listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="cannot serve at 127.0.0.1:"):
         serve.serve(spoken, port=taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("device", on("cuda32", "cuda"), indirect=True)
+def test_on_a_gpu(device):
+    model, helper = mil.random(config("hybrid2"), seed=0, **device.how), near("transformer", 1, **device.how)
+    prompts = [[1, 2, 3], list(range(40)), [9]]
+    for draft in (None, helper):
+        with serving(model, draft, rows=2) as (client, engine):
+            for how in (dict(temperature=0), dict(temperature=1, seed=5)):
+                for _ in range(2):  # the second time from what was kept
+                    got = client.completions.create(model="x", prompt=prompts, max_tokens=5, n=2, **how).choices
+                    want = mil.generate(model, [p for p in prompts for _ in range(2)], max_new_tokens=5, draft=draft, **how)
+                    assert [c.token_ids for c in got] == [row.tokens for row in want]
+            assert engine.counts["cache_hits"] > 0
