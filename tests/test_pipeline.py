@@ -83,7 +83,7 @@ def test_killed_between_steps_it_goes_on(folder, tmp_path):
             "step, count = t._step, [0]\n"
             "def dies(*a):\n    count[0] += 1\n    return os._exit(9) if count[0] == 4 else step(*a)\n"
             "t._step = dies\nmil.run(sys.argv[1])")
-    assert subprocess.run([sys.executable, "-c", code, tmp_path / "plan.json"]).returncode == 9
+    assert subprocess.run([sys.executable, "-P", "-c", code, tmp_path / "plan.json"]).returncode == 9
     assert (tmp_path / "killed" / "3-distill" / "checkpoint.npz").exists() and not (tmp_path / "killed" / "4-sft").exists()
     a, b = mil.run(tmp_path / "plan.json"), mil.run(recipe(folder), tmp_path / "whole")
     assert bits(mil.load(a["model"])) == bits(mil.load(b["model"]))
@@ -130,7 +130,7 @@ def test_an_unknown_name_lists_the_package_s_own():
 
 
 def test_the_command(folder):
-    call = [sys.executable, "-m", "mambainllama", "run", "paper-llama3-8b-mamba2-half", "--dry-run", "--set", "distill.data=x.jsonl"]
+    call = [sys.executable, "-P", "-m", "mambainllama", "run", "paper-llama3-8b-mamba2-half", "--dry-run", "--set", "distill.data=x.jsonl"]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0 and "x.jsonl" in done.stdout
     wrong = subprocess.run([*call, "--set", "distil.data=x"], capture_output=True, text=True)

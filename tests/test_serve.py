@@ -335,7 +335,7 @@ def test_memory_stays_flat(served):
 
 def test_the_command_drains(spoken):  # noqa: F811
     """SIGTERM: what runs is finished, what comes is refused, the exit code is 0."""
-    command = [sys.executable, "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "2"]
+    command = [sys.executable, "-P", "-m", "mambainllama", "serve", spoken.folder, "--port", "0", "--rows", "2"]
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MIL_NUM_THREADS": "1"})
     with subprocess.Popen(command, **how) as process:
         port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
