@@ -245,6 +245,8 @@ def test_a_remembered_beginning_changes_nothing(spoken, draft):  # noqa: F811
             want = mil.generate(spoken, [other[:99]] * 5, max_new_tokens=4, temperature=1, seed=1, draft=helper)
             assert [c.text for c in many.choices] == [row.text for row in want]
             assert engine.counts["cached_tokens"] >= sum(cached) + 4 * 98
+            longer = client.completions.create(model="any", prompt=other[:140], max_tokens=1)  # which does not pass through 98 tokens
+            assert longer.usage.prompt_tokens_details.cached_tokens == 0
 
 
 BAD = [
