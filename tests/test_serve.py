@@ -21,6 +21,7 @@ from test_generate import config, near, spoken  # noqa: F401 (a fixture)
 openai = pytest.importorskip("openai")
 serve = pytest.importorskip("mambainllama.serve")
 from mambainllama.engine import Engine  # noqa: E402
+from mambainllama.evaluate.lm import log_likelihoods  # noqa: E402
 
 CHAT = [{"role": "user", "content": "größer?"}]
 TEXTS = ["the key", "größe 日本語", "a", "what is " * 9, "copy: a b c d"]
@@ -160,6 +161,21 @@ def test_echo_tells_the_prompts_log_probabilities(served):
                           .removeprefix("data: ").split("\n\n")[0])["choices"][0]["text"] == "abc"
 
 
+def test_scores_as_lm_evaluation_harness_reads_them(served):
+    """Its local-completions: the tokens of context and continuation, one more generated, echo; against log_likelihoods in process."""
+    client, _, model = served
+    rng = np.random.default_rng(4)
+    pairs = [(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in ((1, 1), (5, 3), (300, 2), (7, 40))]
+    pairs += [(c, mil.generate(model, c, max_new_tokens=4)[0].tokens) for c, _ in pairs]  # what greedy decoding gives
+    for limit in (1, 3):  # lists in one request
+        some = pairs[:limit] + pairs[4:]
+        got = client.completions.create(model="x", prompt=[c + a for c, a in some], max_tokens=1, temperature=0, logprobs=1, seed=1234, echo=True)
+        for (context, answer), choice, (score, greedy) in zip(some, got.choices, log_likelihoods(model, some), strict=True):
+            told, tops = (getattr(choice.logprobs, name)[len(context):-1] for name in ("token_logprobs", "top_logprobs"))
+            assert len(told) == len(answer) and abs(sum(told) - score) < 1e-4
+            assert all(one == max(top.values()) for one, top in zip(told, tops)) == greedy
+
+
 def test_two_hundred_clients_of_whom_some_vanish(served):
     client, engine, model = served
     rng = np.random.default_rng(0)
@@ -229,6 +245,8 @@ def test_a_remembered_beginning_changes_nothing(spoken, draft):  # noqa: F811
             want = mil.generate(spoken, [other[:99]] * 5, max_new_tokens=4, temperature=1, seed=1, draft=helper)
             assert [c.text for c in many.choices] == [row.text for row in want]
             assert engine.counts["cached_tokens"] >= sum(cached) + 4 * 98
+            longer = client.completions.create(model="any", prompt=other[:140], max_tokens=1)  # which does not pass through 98 tokens
+            assert longer.usage.prompt_tokens_details.cached_tokens == 0
 
 
 BAD = [
