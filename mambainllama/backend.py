@@ -33,6 +33,15 @@ def module(device="cpu", dtype=None):
     raise ValueError(f"device {device!r} needs the extension module {names[0]}, which this installation does not have (built without CUDA)")
 
 
+def fastest():
+    """"cuda" where models in float32 can be on a GPU, else "cpu"."""
+    try:
+        module("cuda", "float32")
+    except ValueError:
+        return "cpu"
+    return "cuda"
+
+
 def modules():
     """{name: module} of every module that is built and that this processor can run."""
     found = {}

@@ -30,7 +30,7 @@ from .info import training_memory
 from .model import fits
 from .parallel import ranks
 from .recipe import DEFAULTS, identity, known, load_recipe, read_recipe, settings
-from .report import axes, image, page, table
+from .report import curves, image, page, table
 from .train import distill, dpo, sft, train
 from .weights import replacing, writing
 
@@ -207,15 +207,7 @@ class _Run:
         parts = [(f"{i + 1} {name}", report) for i, ((name, _), report) in enumerate(zip(self.plan["run"], reports)) if report]
         out = [f"<p>Teacher: {html.escape(str(self.plan['teacher']))}. Layers: {html.escape(_layers(model.layer_kinds))}.</p>"]
         if parts:
-            figure, (row,) = axes(len(parts))
-            for axis, (title, report) in zip(row, parts):
-                lines = [json.loads(line) for line in Path(report["history"]).read_text().splitlines()]
-                for key in ("loss", "ce", "kl", "error", "margin"):
-                    if any(key in line for line in lines):
-                        axis.plot([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line], label=key)
-                axis.set(title=title, xlabel="step")
-                axis.legend(fontsize=7)
-            out.append(image(figure))
+            out.append(image(curves({title: report["history"] for title, report in parts})))
             stages = [(title, stage, end) for title, report in parts for stage, end in zip(report["recipe"]["stages"], report["stages"])]
             out.append(table(["part", "stage", "layers converted", "last step", "loss", "ce", "kl", "others", "million tokens", "hours"], [
                 [title, end["stage"] + 1, "" if stage["mamba_layers"] is None else ", ".join(map(str, stage["mamba_layers"])), end["step"],

@@ -57,7 +57,7 @@ def lines(panels):
     return figure
 
 
-def histograms(models):
+def histograms(models, ylabel="items"):
     """{model: {way: {letter: count}}} as bars, a panel a model."""
     figure, (row,) = axes(len(models))
     for ax, (model, ways) in zip(row, models.items()):
@@ -65,6 +65,6 @@ def histograms(models):
         for i, (way, counts) in enumerate(ways.items()):
             ax.bar(np.arange(len(letters)) + (i - (len(ways) - 1) / 2) * 0.8 / len(ways), [counts.get(letter, 0) for letter in letters], 0.8 / len(ways), label=way)
         ax.set_xticks(range(len(letters)), letters)
-        ax.set(title=model, ylabel="items")
+        ax.set(title=model, ylabel=ylabel)
         ax.legend()
     return figure
