@@ -2,11 +2,12 @@
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
-from nbclient import NotebookClient
+
+nbclient = pytest.importorskip("nbclient")
+import nbformat  # noqa: E402
+from jupyter_client import AsyncKernelManager  # noqa: E402
+from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -24,7 +25,7 @@ def test_runs(path, monkeypatch, tmp_path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it from top to bottom and keep the outputs"
     assert not re.search(r"/tmp/|/home/|/root/|/Users/|\d\d:\d\d:\d\d|\"stderr\"", path.read_text()), "a path, a time or a warning in the outputs"
     kernels = KernelSpecManager(kernel_dirs=[])  # no other than this interpreter's own
-    fresh = NotebookClient(nbformat.from_dict(kept), timeout=180, resources={"metadata": {"path": str(path.parent)}},
-                           km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)).execute()
+    fresh = nbclient.NotebookClient(nbformat.from_dict(kept), timeout=180, resources={"metadata": {"path": str(path.parent)}},
+                                    km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)).execute()
     for before, cell in zip(cells, (cell for cell in fresh.cells if cell.cell_type == "code")):
         assert [sorted(output.get("data", ())) for output in cell.outputs] == [sorted(output.get("data", ())) for output in before.outputs]
