@@ -9,6 +9,7 @@ import nbformat  # noqa: E402
 from jupyter_client import AsyncKernelManager  # noqa: E402
 from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
 
+TRACES = re.compile(r"/tmp/|/home/|/root/|/Users/|\d\d:\d\d:\d\d|\"stderr\"")
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -23,9 +24,13 @@ def test_runs(path, monkeypatch, tmp_path):
     nbformat.validate(kept)
     cells = [cell for cell in kept.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it from top to bottom and keep the outputs"
-    assert not re.search(r"/tmp/|/home/|/root/|/Users/|\d\d:\d\d:\d\d|\"stderr\"", path.read_text()), "outputs with a path, a time, a warning"
+    assert not TRACES.search(path.read_text()), "outputs with a path, a time or a warning"
     kernels = KernelSpecManager(kernel_dirs=[])  # no other than this interpreter's own
     fresh = nbclient.NotebookClient(nbformat.from_dict(kept), timeout=180, resources={"metadata": {"path": str(path.parent)}},
                                     km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)).execute()
-    for before, cell in zip(cells, (cell for cell in fresh.cells if cell.cell_type == "code")):
-        assert [sorted(output.get("data", ())) for output in cell.outputs] == [sorted(output.get("data", ())) for output in before.outputs]
+    assert shown(fresh) == shown(kept)
+
+
+def shown(notebook):
+    """Which forms of output each cell of code has; what it prints is left out, a library may warn."""
+    return [[sorted(output["data"]) for output in cell.outputs if "data" in output] for cell in notebook.cells if cell.cell_type == "code"]
