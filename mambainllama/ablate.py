@@ -3,7 +3,7 @@ import numpy as np
 
 from .config import MAMBAS
 from .convert import convert
-from .recipe import load_recipe
+from .recipe import NO_TEACHER, load_recipe
 from .objectives import LanguageModelling, evaluate
 
 OUTPUT = {"attention": "self_attn.o_proj", "mamba1": "mamba.out_proj", "mamba2": "mamba.out_proj", "window": "self_attn.o_proj"}
@@ -17,7 +17,7 @@ def ablate(model, data, length=2048, batch=8):
     "layers"                                                of each layer its mixer alone: a list, one number a layer
 
     A mixer is off when its output projection is zero; that is done to a copy that shares all else. ValueError: bad data."""
-    recipe = load_recipe({"steps": 1, "length": length, "batch": batch}, kl=0.0, ce=1.0)
+    recipe = load_recipe({"steps": 1, "length": length, "batch": batch}, **NO_TEACHER)
     batches = LanguageModelling(model, None, recipe).read(data, "data", shuffle=False)
     kinds = model.layer_kinds
 

@@ -13,8 +13,8 @@ import numpy as np
 from . import ops
 from .config import SCAN_STATE, architecture
 from .data import START
+from .parity import OPEN
 
-OPEN = 1.2784645427610738  # silu(OPEN) = 1
 RIDGE = 1e-3               # of u's mean square
 TOKENS, LENGTH, AT_ONCE = 8192, 512, 2048  # of the sample; of a row of it; whose hidden states are held at a time
 

@@ -567,8 +567,8 @@ def _serve(args):
 
 
 def _kinds(model):
-    kinds = model.layer_kinds
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) + f" of {len(kinds)} layers"
+    from .info import count_kinds
+    return f"{count_kinds(model.layer_kinds)} of {len(model.layer_kinds)} layers"
 
 
 def _info(args):

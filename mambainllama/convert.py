@@ -19,6 +19,12 @@ def kept_attention(layers, fraction):
     return [(i + 1) * layers // n - 1 for i in range(n)]
 
 
+def replaced(kinds, fraction):
+    """The attention layers that go when `fraction` of all layers keep it; kinds: a model's layer_kinds."""
+    kept = kept_attention(len(kinds), fraction)
+    return [layer for layer, kind in enumerate(kinds) if layer not in kept and kind == "attention"]
+
+
 def _spread(n, total):
     """n numbers from 0 on below `total`, evenly spread."""
     return [(2 * i + 1) * total // (2 * n) for i in range(n)]
@@ -119,8 +125,7 @@ def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0
     if attention is not None:
         if isinstance(attention, bool) or not isinstance(attention, (int, float)) or not 0 <= attention <= 1:
             raise ValueError(f"attention is {attention!r}, expected a share of the layers such as {', '.join(map(str, FRACTIONS))}")
-        kept = kept_attention(len(kinds), attention)
-        mamba_layers = [layer for layer in range(len(kinds)) if layer not in kept and kinds[layer] == "attention"]
+        mamba_layers = replaced(kinds, attention)
     student = _clone(teacher)
     if data is not None:
         data = Batches(read(data, teacher.tokenizer, teacher.config["vocab_size"]), LENGTH, 1, seed)

@@ -48,6 +48,11 @@ def describe(folder):
     }
 
 
+def count_kinds(kinds):
+    """Such as "16 mamba2, 16 attention", of a model's layer_kinds."""
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
 def memory(arch, real=4):
     """What decoding keeps of one sequence: {"kv_bytes_per_token", "window", "state_bytes_per_sequence"}.
     arch: config.architecture's dict; real: bytes of an activation, 4 on the CPU. SSM states are float32 everywhere."""

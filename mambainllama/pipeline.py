@@ -23,20 +23,20 @@ from pathlib import Path
 from .answers import answer
 from .checkpoint import load, save, shapes
 from .config import architecture, mamba_config, read_folder
-from .convert import convert
+from .convert import convert, replaced
 from .data import rows
 from .generate import generate
-from .info import training_memory
+from .info import count_kinds, training_memory
 from .model import fits
 from .parallel import ranks
-from .recipe import DEFAULTS, identity, known, load_recipe, read_recipe, settings
+from .recipe import DEFAULTS, NO_TEACHER, identity, known, load_recipe, read_recipe, settings
 from .report import curves, image, page, table
 from .train import distill, dpo, sft, train
 from .weights import replacing, writing
 
 RECIPES = Path(__file__).parent / "recipes"
 TOP = ("teacher", "start", "device", "dtype", "out", "config", "run")
-TRAINING = {"distill": {}, "train": {"kl": 0.0, "ce": 1.0}, "sft": {"kl": 0.0, "ce": 1.0}, "dpo": {"kl": 0.0, "ce": 1.0}}  # their defaults
+TRAINING = {"distill": {}, "train": NO_TEACHER, "sft": NO_TEACHER, "dpo": NO_TEACHER}  # their defaults
 OTHER = {"convert": ("data", "attention", "mamba_layers", "mixer", "window", "sinks", "init", "seed"),
          "answer": ("data", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "batch")}
 SPEED = 600e12   # FLOP/s that distillation at Llama-3-8B's shape reaches on an H200 (benchmarks/train.py)
@@ -205,7 +205,7 @@ class _Run:
 
     def page(self, reports, model):
         parts = [(f"{i + 1} {name}", report) for i, ((name, _), report) in enumerate(zip(self.plan["run"], reports)) if report]
-        out = [f"<p>Teacher: {html.escape(str(self.plan['teacher']))}. Layers: {html.escape(_layers(model.layer_kinds))}.</p>"]
+        out = [f"<p>Teacher: {html.escape(str(self.plan['teacher']))}. Layers: {html.escape(count_kinds(model.layer_kinds))}.</p>"]
         if parts:
             out.append(image(curves({title: report["history"] for title, report in parts})))
             stages = [(title, stage, end) for title, report in parts for stage, end in zip(report["recipe"]["stages"], report["stages"])]
@@ -251,10 +251,6 @@ def _said(prompt):
     return prompt if isinstance(prompt, str) else prompt[-1]["content"] if isinstance(prompt[0], dict) else " ".join(map(str, prompt))
 
 
-def _layers(kinds):
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-
-
 # -- the dry run ------------------------------------------------------------------------------------------------------------------------
 
 def _describe(plan):
@@ -263,7 +259,7 @@ def _describe(plan):
         teacher = _architecture(plan, plan["teacher"])
     teacher, kinds, lines = teacher or start, list(start[1]["kinds"]), []
     real = 4 if plan["dtype"] == "float32" or plan["device"] == "cpu" and plan["dtype"] is None else 2
-    lines.append(f"{plan['start'] or plan['teacher'] or 'the recipe'}: {len(kinds)} layers ({_layers(kinds)}), {_count(start[1]) / 1e9:.2f} billion parameters, "
+    lines.append(f"{plan['start'] or plan['teacher'] or 'the recipe'}: {len(kinds)} layers ({count_kinds(kinds)}), {_count(start[1]) / 1e9:.2f} billion parameters, "
                  f"{plan['dtype'] or ('float32' if real == 4 else 'bfloat16')} on {plan['device']}")
     total = seconds = 0
     for i, (name, part) in enumerate(plan["run"]):
@@ -273,7 +269,7 @@ def _describe(plan):
             continue
         if name == "convert":
             kinds = _converted(kinds, part.get("mamba_layers"), part.get("attention"), part.get("mixer", "mamba2"))
-            lines.append(f"    {_layers(kinds)}")
+            lines.append(f"    {count_kinds(kinds)}")
             continue
         for j, stage in enumerate(settings(part, stage) for stage in part["stages"]):
             now = _converted(kinds, stage["mamba_layers"], None, stage["mixer"] or next((k for k in kinds if k != "attention"), "mamba2"))
@@ -287,7 +283,7 @@ def _describe(plan):
             flops = tokens * _flops(arch, trained, compared, stage["recompute"])
             held = training_memory(arch, compared, stage["train"], rows_a_step // part["accumulate"], part["length"], real, stage["moments"], stage["recompute"],
                                    shared=plan["start"] is None)
-            lines.append(f"    stage {j + 1}: {_layers(kinds)}" + (f"; layers {', '.join(map(str, fresh))} are converted" if fresh else "")
+            lines.append(f"    stage {j + 1}: {count_kinds(kinds)}" + (f"; layers {', '.join(map(str, fresh))} are converted" if fresh else "")
                          + (f"; aligns {stage['align']}" if stage["align"] else ""))
             lines.append(f"      {trained / 1e9:.2f} billion parameters learn ({', '.join(stage['train'])}), lr {stage['lr']:g} {stage['schedule']}, "
                          f"{rows_a_step} rows a step = {tokens:,} tokens")
@@ -325,10 +321,8 @@ def _with(start, kinds):
 
 
 def _converted(kinds, layers, attention, mixer):
-    from .convert import kept_attention
     if attention is not None:
-        kept = kept_attention(len(kinds), attention)
-        layers = [i for i in range(len(kinds)) if i not in kept]
+        layers = replaced(kinds, attention)
     if layers and max(layers) >= len(kinds):
         raise ValueError(f"mamba_layers has layer {max(layers)}, and the model has layers 0 to {len(kinds) - 1}")
     return [mixer if kind == "attention" and layers and i in layers else kind for i, kind in enumerate(kinds)]

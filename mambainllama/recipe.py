@@ -45,6 +45,7 @@ DEFAULTS = {
     "init": "attention",      # of converted layers: "attention" | "identity" | "calibrated" | "random", as convert_layers says
 }
 
+NO_TEACHER = {"kl": 0.0, "ce": 1.0}  # the defaults where there is none: train, sft, dpo
 STAGE = ("lr", "warmup", "schedule", "betas", "weight_decay", "clip", "kl", "ce", "temperature", "kl_kind", "align", "on_policy", "train",
          "mixer", "init")  # what a stage may set for itself
 GUARD = ("lengths", "depths", "items", "seed", "pairs", "filler", "batch")  # arguments of recall

@@ -35,7 +35,7 @@ from .objectives import LanguageModelling, evaluate, plus, share_of
 from .parallel import ranks
 from .preference import Preference
 from .recall import recall, recall_guard
-from .recipe import DEFAULTS, identity, load_recipe, settings
+from .recipe import DEFAULTS, NO_TEACHER, identity, load_recipe, settings
 from .weights import replacing, writing
 
 
@@ -76,7 +76,7 @@ def sft(model, data, recipe, out=None, progress=None):
 
 
 def _train(model, data, recipe, out, progress, answers=False):
-    recipe = load_recipe(recipe, kl=0.0, ce=1.0)
+    recipe = load_recipe(recipe, **NO_TEACHER)
     for stage in (settings(recipe, stage) for stage in recipe["stages"]):
         if stage["kl"] or stage["align"]:
             key = "kl" if stage["kl"] else "align"
@@ -91,7 +91,7 @@ def dpo(model, data, recipe, reference="start", out=None, progress=None):
     log-probabilities are computed before the first step and kept in out/reference.npz, so that it is not needed after that.
     recipe: as for train, without kl and ce; and beta, label_smoothing, preference, prompt_length; batch counts pairs. Metrics: margin,
     accuracy, chosen and rejected (log-probabilities), kl. Everything else as distill."""
-    recipe = load_recipe(recipe, kl=0.0, ce=1.0)
+    recipe = load_recipe(recipe, **NO_TEACHER)
     if any(stage["kl"] or stage["ce"] != 1 or stage["align"] for stage in (settings(recipe, stage) for stage in recipe["stages"])):
         raise ValueError("recipe: kl, ce and align are of other objectives; dpo has beta")
     if recipe["preference"] == "ipo" and recipe["label_smoothing"]:
