@@ -19,7 +19,7 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-HOST = [f"csrc/{name}.c" for name in ("decode", "dlpack", "mixer", "model", "module", "pymodel", "transfer")]  # linked with either set of ops
+HOST = [f"csrc/{name}.c" for name in ("decode", "dlpack", "mixer", "model", "module", "params", "pymodel", "transfer")]  # linked with either set of ops
 CPU = sorted(str(p) for p in Path("csrc").glob("*.c"))
 GPU = sorted(str(p) for p in Path("cuda").glob("*.cu"))
 HEADERS = sorted(str(p) for folder in ("csrc", "cuda") for p in Path(folder).glob("*.*h"))

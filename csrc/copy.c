@@ -3,17 +3,34 @@
 #include "ops.h"
 #include "philox.h"
 
+typedef struct {
+  void *to;
+  const void *from;
+} Copy;
+
+static void widen(void *arg, size_t i, size_t end, size_t worker) {
+  (void)worker;
+  const Copy *c = arg;
+  float *restrict to = c->to;
+  const uint16_t *restrict from = c->from;
+  for (; i < end; i++) to[i] = bf16_to_float(from[i]);
+}
+
+static void narrow(void *arg, size_t i, size_t end, size_t worker) {
+  (void)worker;
+  const Copy *c = arg;
+  uint16_t *restrict to = c->to;
+  const float *restrict from = c->from;
+  for (; i < end; i++) to[i] = float_to_bf16(from[i]);
+}
+
 void copy_rows(void *dst, int dst_type, size_t to, Matrix src, size_t from, size_t n, size_t K) {
-  if (dst_type == src.type) {
-    size_t row = K * (dst_type == FLOAT32 ? 4 : 2);
-    device_copy((char *)dst + to * row, (const char *)src.data + from * row, n * row);
-    return;
-  }
-  for (size_t i = 0; i < n * K; i++)
-    if (dst_type == FLOAT32)
-      ((float *)dst)[to * K + i] = bf16_to_float(((const uint16_t *)src.data)[from * K + i]);
-    else
-      ((uint16_t *)dst)[to * K + i] = float_to_bf16(((const float *)src.data)[from * K + i]);
+  const size_t size = dst_type == FLOAT32 ? 4 : 2, src_size = src.type == FLOAT32 ? 4 : 2;
+  Copy c = {(char *)dst + to * K * size, (const char *)src.data + from * K * src_size};
+  if (dst_type == src.type)
+    device_copy(c.to, c.from, n * K * size);
+  else
+    parallel(dst_type == FLOAT32 ? widen : narrow, &c, n * K, 1);
 }
 
 typedef struct {

@@ -88,7 +88,8 @@ typedef struct {
   size_t a, b, n;
   Buffer *buffer;
   int trainable;
-  size_t gradient;       /* offset in the arena */
+  size_t gradient;       /* offset among the gradients of its dtype */
+  float *wide;           /* a bf16 gradient while kernels add to it (gradients_open) */
   int moments;           /* their type: FLOAT32 | BFLOAT16 */
   void *m, *v;           /* AdamW's moments. NULL before the first step */
   float *master;         /* float weights where the matrix is bf16; with the moments */
@@ -101,6 +102,10 @@ typedef struct {
   size_t used, peak;
   jmp_buf *out_of_memory;
 } Arena;
+typedef struct {
+  struct Block *block;
+  size_t used, total;
+} Mark;
 
 typedef struct {
   Config c;
@@ -110,9 +115,10 @@ typedef struct {
   float *inv_freq;      /* device, head_dim/2 */
   Param top[3];
   Param (*layer)[PARAM_KINDS];
-  float *gradients;     /* arena of all trainable parameters, NULL before the first backward */
-  size_t gradient_count; /* a multiple of 16 ranks */
-  size_t rank, ranks;    /* of a job that shares the optimiser out: this one's is the rank-th of equal parts of the arena */
+  int half_gradients;   /* those of bf16 matrices are kept in bf16 */
+  void *gradients;      /* of all trainable parameters, first the `halves` bf16 ones, then the `floats`; NULL before the first backward */
+  size_t halves, floats; /* multiples of 16 ranks */
+  size_t rank, ranks;    /* of a job that shares the optimiser out: this one's is the rank-th of equal parts of either */
   Arena arena;
   unsigned version; /* moves with every buffer: recorded calls point into them */
 } Model;
@@ -162,11 +168,21 @@ typedef struct {
 } Mixer;
 extern const Mixer MIXER[MIXERS];
 
-/* model.c */
+/* params.c */
 void *take(Arena *arena, size_t bytes);           /* 64-byte aligned; longjmps when there is no memory */
+Mark arena_mark(const Arena *arena);
+void arena_release(Arena *arena, Mark m);              /* what was taken since the mark */
+void arena_begin(Arena *arena, jmp_buf *out_of_memory); /* a call starts: everything taken before is free */
 Matrix matrix(const Param *p, size_t row);       /* from a row on */
 const float *vector(const Param *p);             /* NULL where the model has none */
-float *gradient(const Model *m, const Param *p); /* NULL: frozen or absent */
+int learns(const Model *m, const Param *p);      /* it has a gradient */
+float *gradient(const Model *m, const Param *p); /* what kernels add to; NULL: frozen or absent */
+int half_gradient(const Model *m, const Param *p); /* it is kept in bf16 */
+void *stored_gradient(const Model *m, const Param *p);
+size_t gradient_bytes(const Model *m);           /* of all */
+/* Around a backward through n parameters: their bf16 gradients are float in the arena, and are rounded back. */
+void gradients_open(Model *m, Param *p, size_t n);
+void gradients_close(Model *m, Param *p, size_t n);
 Param *param_at(Model *m, size_t i, size_t *layer); /* every parameter, absent ones included: i < param_count */
 size_t param_count(const Model *m);
 
@@ -192,6 +208,7 @@ int param_moments(const Model *m, Param *p, int moments);
 void param_master(Param *p); /* master is the weights again */
 size_t param_bytes(const Param *p);
 void param_set_trainable(Model *m, Param *p, int trainable);
+void model_half_gradients(Model *m, int half); /* drops the gradients if they are kept otherwise */
 int model_gradients(Model *m); /* lays out and zeroes the arena if the trainable set changed */
 void model_share(Model *m, size_t rank, size_t ranks); /* drops moments and gradients if it is another part */
 double model_squares(Model *m); /* sum of the squares of this rank's part of the gradients */
@@ -200,7 +217,7 @@ int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, f
  * rank * n bytes of it; not out, those of the other ranks come from there. -> n, the same on every rank. */
 size_t model_exchange(Model *m, int out);
 
-/* losses: ce, then kl, of each position (2,M) host. Weights (M) host; gradient of sum wce ce + wkl kl when backward. KL to teacher, or to
+/* model.c. losses: ce, then kl, of each position (2,M) host. Weights (M) host; gradient of sum wce ce + wkl kl when backward. KL to teacher, or to
  * what `top` has of one (ids, log_probs, tail, on the host), or neither (NULL, ids NULL). */
 int model_loss(Model *m, Model *teacher, Teacher top, float *losses, const int32_t *ids, const int32_t *target, const float *wce,
                const float *wkl, const int32_t *prev, float tau, int kind, int backward, int recompute, size_t B, size_t T);
@@ -218,10 +235,9 @@ int model_top(Model *m, int32_t *top, float *log_probs, float *tail, const int32
               size_t T);
 
 real *reals(Arena *arena, size_t n);
-void arena_begin(Arena *arena, jmp_buf *out_of_memory); /* a call starts: everything taken before is free */
 Call begin_call(Model *m, State *s, const int32_t *ids, const Rows *rows, int extend, const int32_t *target, size_t last, size_t B, size_t T);
 real *run_layers(Model *m, const Call *k, Saved *saved, int recompute);
-const Param *head(const Model *m);
+Param *head(const Model *m);
 
 /* decode.c */
 /* logits (B,n,V) host: of the last n of keep[b] tokens when last, else of all T. ids, keep, prev, slot on the host, as in Rows.

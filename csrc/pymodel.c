@@ -235,8 +235,8 @@ static PyObject *model_raw(PyObject *self, PyObject *args) {
   return PyArg_ParseTuple(args, "O|nn", &name, &first, &rows) ? raw_rows(self, name, first, rows) : NULL;
 }
 
-static PyObject *model_get(PyObject *self, PyObject *name) {
-  PyObject *raw = raw_rows(self, name, 0, -1);
+/* A float32 array in place of one of bf16's bits. */
+static PyObject *widened(PyObject *raw) {
   if (!raw || PyArray_TYPE((PyArrayObject *)raw) == NPY_FLOAT32) return raw;
   PyObject *array = PyArray_SimpleNew(PyArray_NDIM((PyArrayObject *)raw), PyArray_DIMS((PyArrayObject *)raw), NPY_FLOAT32);
   const uint16_t *half = PyArray_DATA((PyArrayObject *)raw);
@@ -245,6 +245,8 @@ static PyObject *model_get(PyObject *self, PyObject *name) {
   Py_DECREF(raw);
   return array;
 }
+
+static PyObject *model_get(PyObject *self, PyObject *name) { return widened(raw_rows(self, name, 0, -1)); }
 
 static int fits(const Param *p, PyObject *value, PyObject *name, int halves) {
   npy_intp shape[3];
@@ -322,9 +324,9 @@ static PyObject *model_set(PyObject *self, PyObject *args) {
 static PyObject *model_grad(PyObject *self, PyObject *name) {
   Param *p = find((ModelObject *)self, name);
   if (!p) return NULL;
-  const float *g = gradient(&((ModelObject *)self)->m, p);
-  if (!g) return PyErr_Format(PyExc_ValueError, "%U has no gradient: it is frozen, or no backward has run yet", name);
-  return pull_array(p, NPY_FLOAT32, g);
+  const Model *m = &((ModelObject *)self)->m;
+  if (!learns(m, p)) return PyErr_Format(PyExc_ValueError, "%U has no gradient: it is frozen, or no backward has run yet", name);
+  return widened(pull_array(p, half_gradient(m, p) ? NPY_UINT16 : NPY_FLOAT32, stored_gradient(m, p)));
 }
 
 static PyObject *model_moments(PyObject *self, PyObject *name) {
@@ -368,10 +370,15 @@ static PyObject *model_set_trainable(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *model_half_gradients_(PyObject *self, PyObject *half) {
+  model_half_gradients(&((ModelObject *)self)->m, half == Py_True);
+  Py_RETURN_NONE;
+}
+
 static PyObject *model_zero_grad(PyObject *self, PyObject *none) {
   (void)none;
   Model *m = &((ModelObject *)self)->m;
-  if (m->gradients) device_zero(m->gradients, m->gradient_count * sizeof(float));
+  if (m->gradients) device_zero(m->gradients, gradient_bytes(m));
   return finish("Model.zero_grad", 0);
 }
 
@@ -395,7 +402,7 @@ static PyObject *model_step_(PyObject *self, PyObject *args) {
   size_t layer;
   for (size_t i = 0; i < param_count(m); i++) {
     const Param *p = param_at(m, i, &layer);
-    if (gradient(m, p) && p->m && p->moments != moments)
+    if (learns(m, p) && p->m && p->moments != moments)
       return PyErr_Format(PyExc_ValueError, "the moments are %s, and this step is to keep %s ones: set_moments gives them anew",
                           half ? "float32" : "bfloat16", half ? "bfloat16" : "float32");
   }
@@ -418,7 +425,7 @@ static PyObject *model_arena(PyObject *self, PyObject *none) {
   (void)none;
   Model *m = &((ModelObject *)self)->m;
   if (model_gradients(m)) return finish("Model.arena", 1);
-  return checked("Model.arena", Py_BuildValue("KnK", (unsigned long long)(uintptr_t)m->gradients, (Py_ssize_t)m->gradient_count,
+  return checked("Model.arena", Py_BuildValue("KnnK", (unsigned long long)(uintptr_t)m->gradients, (Py_ssize_t)m->halves, (Py_ssize_t)m->floats,
                                               (unsigned long long)(uintptr_t)device_stream()));
 }
 
@@ -426,11 +433,11 @@ static PyObject *model_arena_get(PyObject *self, PyObject *none) {
   (void)none;
   Model *m = &((ModelObject *)self)->m;
   if (model_gradients(m)) return finish("Model.arena_get", 1);
-  npy_intp n = (npy_intp)m->gradient_count;
+  npy_intp n = (npy_intp)gradient_bytes(m);
   void *host = device_host(m->gradients);
-  PyObject *array = host ? PyArray_SimpleNewFromData(1, &n, NPY_FLOAT32, host) : PyArray_SimpleNew(1, &n, NPY_FLOAT32);
+  PyObject *array = host ? PyArray_SimpleNewFromData(1, &n, NPY_UINT8, host) : PyArray_SimpleNew(1, &n, NPY_UINT8);
   if (array && host && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(self))) Py_CLEAR(array);
-  if (array && !host) device_pull(PyArray_DATA((PyArrayObject *)array), m->gradients, m->gradient_count * sizeof(float));
+  if (array && !host) device_pull(PyArray_DATA((PyArrayObject *)array), m->gradients, gradient_bytes(m));
   return array ? checked("Model.arena_get", array) : NULL;
 }
 
@@ -440,10 +447,11 @@ static PyObject *model_arena_put(PyObject *self, PyObject *args) {
   PyObject *value;
   if (!PyArg_ParseTuple(args, "nO", &first, &value)) return NULL;
   PyArrayObject *a = (PyArrayObject *)value;
-  const size_t n = PyArray_Check(value) && PyArray_TYPE(a) == NPY_FLOAT32 && PyArray_ISCARRAY_RO(a) ? (size_t)PyArray_SIZE(a) : 0;
-  if (!m->gradients || !n || first < 0 || (size_t)first > m->gradient_count || n > m->gradient_count - (size_t)first)
-    return PyErr_Format(PyExc_ValueError, "arena_put: expected a C-contiguous float32 array that fits the arena");
-  if (device_host(m->gradients + first) != PyArray_DATA(a)) device_push(m->gradients + first, PyArray_DATA(a), n * sizeof(float));
+  const size_t n = PyArray_Check(value) && PyArray_TYPE(a) == NPY_UINT8 && PyArray_ISCARRAY_RO(a) ? (size_t)PyArray_SIZE(a) : 0;
+  if (!m->gradients || !n || first < 0 || (size_t)first > gradient_bytes(m) || n > gradient_bytes(m) - (size_t)first)
+    return PyErr_Format(PyExc_ValueError, "arena_put: expected a C-contiguous uint8 array that fits the arena");
+  char *to = (char *)m->gradients + first;
+  if (device_host(to) != PyArray_DATA(a)) device_push(to, PyArray_DATA(a), n);
   return finish("Model.arena_put", 0);
 }
 
@@ -825,6 +833,7 @@ static PyMethodDef model_methods[] = {
     {"tensor", model_tensor, METH_O, "tensor(name) -> the parameter's own memory, a Tensor"},
     {"set", model_set, METH_VARARGS, "set(name, array): float32 or uint16 (the bits of bf16), NumPy's or with __dlpack__"},
     {"grad", model_grad, METH_O, "grad(name) -> its gradient, float32"},
+    {"half_gradients", model_half_gradients_, METH_O, "half_gradients(bool): the gradients of bf16 matrices are kept in bf16"},
     {"moments", model_moments, METH_O, "moments(name) -> (m, v, master or None), m and v as stored: float32, or uint16 (bf16); None before the first step; flat where share\n"
      "left this rank a part of them"},
     {"set_moments", model_set_moments, METH_VARARGS, "set_moments(name, m, v, master): the whole arrays, of which a rank takes its part"},
@@ -834,12 +843,12 @@ static PyMethodDef model_methods[] = {
     {"grad_norm", model_grad_norm, METH_NOARGS, "grad_norm() -> the norm of this rank's part of the gradients"},
     {"step", model_step_, METH_VARARGS, "step(lr, b1, b2, eps, decay, scale, step, bf16_moments): AdamW on this rank's part of the trainable parameters"},
     {"share", model_share_, METH_VARARGS,
-     "share(rank, ranks): the gradients of all trainable parameters lie in one arena of `ranks` equal parts; moments, master weights and steps\n"
-     "are of the rank-th alone. What there was of them is dropped. (0, 1) at first: all"},
-    {"arena", model_arena, METH_NOARGS, "arena() -> (address on the device, floats, the device's stream)"},
+     "share(rank, ranks): the gradients of all trainable parameters lie in one arena, those in bf16 and then those in float32, `ranks` equal parts\n"
+     "of either; moments, master weights and steps are of the rank-th alone. What there was of them is dropped. (0, 1) at first: all"},
+    {"arena", model_arena, METH_NOARGS, "arena() -> (address on the device, elements in bf16, in float32, the device's stream)"},
     {"arena_get", model_arena_get, METH_NOARGS,
-     "arena_get() -> the arena (floats,) float32: on a CPU itself, while the trainable parameters stay what they are, else a copy"},
-    {"arena_put", model_arena_put, METH_VARARGS, "arena_put(first, array float32): writes the arena from its first-th float on"},
+     "arena_get() -> the arena's bytes, uint8: on a CPU themselves, while the trainable parameters stay what they are, else a copy"},
+    {"arena_put", model_arena_put, METH_VARARGS, "arena_put(first, array uint8): writes the arena from its first-th byte on"},
     {"exchange", model_exchange_, METH_VARARGS,
      "exchange(out) -> n: after a step, this rank's part of the trainable weights as stored to n * rank bytes of the arena, or the others' from\n"
      "there; the gradients are lost"},

@@ -8,8 +8,13 @@ from . import backend
 from .config import architecture, initializer_range, is_dynamic, mamba_config, rope, stop_ids
 from .parallel import ranks
 
-MOMENTS = {"float32": np.float32, "bfloat16": np.uint16}  # and the dtype of their arrays
+DTYPES = {"float32": np.float32, "bfloat16": np.uint16}  # and the dtype of their arrays
 KL_KINDS = {"forward": 0, "reverse": 1, "paper": 0, "jensen-shannon": 2}
+
+
+def _dtype(value, name):
+    if value not in DTYPES:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(map(repr, DTYPES))}")
 
 
 def _int32(values, name):
@@ -113,8 +118,7 @@ class Model:
     """
 
     def __init__(self, config, mamba=None, device="cpu", dtype="float32"):
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
+        _dtype(dtype, "dtype")
         ranks()  # of a job, each takes its share of threads and its GPU before anything computes
         self.module = backend.module(device, dtype)
         self.c = self.module.Model(architecture(config, mamba), dtype)
@@ -182,8 +186,12 @@ class Model:
 
     # -- gradients and the optimiser ------------------------------------------------------------------------------------------
 
-    def trainable(self, patterns=("*",)):
-        """Which parameters get gradients, by patterns over names (fits); returns their names. ValueError if a pattern fits none."""
+    def trainable(self, patterns=("*",), gradients="float32"):
+        """Which parameters get gradients, by patterns over names (fits); returns their names. ValueError if a pattern fits none.
+
+        gradients: "float32" | "bfloat16", how those of bf16 matrices are kept. bfloat16 ones take half the memory: a backward adds to them in
+        float32 and rounds the sum, so that the first since zero_grad leaves the float32 gradient rounded. The others are float32."""
+        _dtype(gradients, "gradients")
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         names = self.names
         for pattern in patterns:
@@ -193,6 +201,7 @@ class Model:
         keep = set(chosen)
         for name in names:
             self.c.set_trainable(name, name in keep)
+        self.c.half_gradients(gradients == "bfloat16")
         return chosen
 
     def grad(self, name):
@@ -212,8 +221,7 @@ class Model:
         moments: "float32" | "bfloat16", how they are kept. bfloat16 ones take half the memory and are rounded up or down at random
         around their values (csrc/ops.h, adamw), by the parameter, the element and `step` alone: the same steps give the same bits.
         ValueError if they are of the other kind already."""
-        if moments not in MOMENTS:
-            raise ValueError(f"moments is {moments!r}, expected {' or '.join(map(repr, MOMENTS))}")
+        _dtype(moments, "moments")
         self.c.step(lr, betas[0], betas[1], eps, weight_decay, scale, step, moments == "bfloat16")
 
     def moments(self):

@@ -131,32 +131,34 @@ class Ranks:
         """This rank's part of the gradients becomes the sum over all ranks; the rest is lost. A rank that has computed none adds zeros."""
         if self.size == 1:
             return
-        address, floats, stream = model.c.arena()
-        part = floats // self.size
-        if self._nccl(model):
-            whole, own = _OnDevice(address, floats, "<f4"), _OnDevice(address + 4 * part * self.rank, part, "<f4")
-            self.every(None)
-            self.nccl.reduce_scatter(whole, own, self.core.SUM, stream=stream)
-        else:
-            whole, own = model.c.arena_get(), np.empty(part, np.float32)
-            self.every(None)
-            self.comm.Reduce_scatter_block(whole, own)
-            model.c.arena_put(part * self.rank, own)
+        address, halves, floats, stream = model.c.arena()
+        arena = None if self._nccl(model) else model.c.arena_get()
+        self.every(None)
+        for first, count, width in ((0, halves, 2), (2 * halves, floats, 4)):
+            part = count // self.size
+            own = first + width * part * self.rank
+            if not count:
+                continue
+            if arena is None:
+                self.bindings.reduce_scatter(address + first, address + own, part, self.core.BFLOAT16 if width == 2 else self.core.FLOAT32,
+                                             self.core.SUM, self.bindings.Comm(self.nccl.ptr), stream)
+                continue
+            whole, total = arena[first:first + width * count].view(np.uint16 if width == 2 else np.float32), np.empty(part, np.float32)
+            self.comm.Reduce_scatter_block(_widened(whole) if width == 2 else whole, total)
+            model.c.arena_put(own, (_rounded(total) if width == 2 else total).view(np.uint8))
 
     def gather(self, model):
         """After a step: every rank gets the weights that the others have moved. The gradients are lost."""
         if self.size == 1:
             return
-        (address, _, stream), size = model.c.arena(), model.c.exchange(True)
-        if self._nccl(model):
-            whole, own = _OnDevice(address, size * self.size, "|u1"), _OnDevice(address + size * self.rank, size, "|u1")
-            self.every(None)
-            self.nccl.allgather(own, whole, stream=stream)
+        (address, *_, stream), size = model.c.arena(), model.c.exchange(True)
+        arena = None if self._nccl(model) else model.c.arena_get()
+        self.every(None)
+        if arena is None:
+            self.bindings.all_gather(address + size * self.rank, address, size, self.core.UINT8, self.bindings.Comm(self.nccl.ptr), stream)
         else:
-            whole = model.c.arena_get()
-            self.every(None)
-            self.comm.Allgather(self.mpi.IN_PLACE, whole.view(np.uint8)[:size * self.size])
-            model.c.arena_put(0, whole)
+            self.comm.Allgather(self.mpi.IN_PLACE, arena[:size * self.size])
+            model.c.arena_put(0, arena)
         model.c.exchange(False)
 
     def moments(self, model, everywhere=False):
@@ -184,9 +186,10 @@ class Ranks:
         found = key = reason = None
         try:
             from nccl import core
+            from nccl.bindings import nccl as bindings
             if not core.get_version().libnccl:
                 raise ImportError("libnccl is not found")
-            self.core, key = core, core.get_unique_id() if self.first else None
+            self.core, self.bindings, key = core, bindings, core.get_unique_id() if self.first else None
         except Exception as error:  # ImportError, or what the library says
             reason = said(error)
         if not any(self.every(reason)):
@@ -202,8 +205,12 @@ class Ranks:
         return None if reasons else found
 
 
-class _OnDevice:
-    """Device memory, for who knows CUDA's array interface."""
+def _widened(bits):
+    """bf16's bits as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
-    def __init__(self, address, count, kind):
-        self.__cuda_array_interface__ = {"data": (address, False), "shape": (count,), "typestr": kind, "strides": None, "version": 3}
+
+def _rounded(values):
+    """The bits of the nearest bf16, the even one of two."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

@@ -22,6 +22,7 @@ DEFAULTS = {
     "schedule": "cosine",     # then: "cosine" | "linear" (to 0 at the stage's end) | "constant"
     "betas": [0.9, 0.98],     # AdamW
     "weight_decay": 0.0,      # AdamW, decoupled
+    "gradients": "float32",   # of bf16 matrices; or "bfloat16": half the memory, a micro-batch's sum rounded (Model.trainable)
     "moments": "float32",     # AdamW's; or "bfloat16": half the memory, rounded at random (Model.step)
     "clip": 1.0,              # largest norm of the whole gradient; null: not clipped
     "kl": 1.0,                # weight of KL to the teacher
@@ -226,7 +227,7 @@ def _data(value):
 RULES = {  # key: (what converts a value or raises, what it must be)
     "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": (_warmup, "a share of the steps from 0 to 1, or a whole number of steps"),
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
-    "weight_decay": _number(0), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
+    "weight_decay": _number(0), "gradients": _choice("float32", "bfloat16"), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "jensen-shannon", "paper"),
     "preference": _choice("sigmoid", "ipo"), "beta": _number(0, open_low=True), "label_smoothing": _number(0, 0.5, open_high=True),
     "prompt_length": _optional(_integer(1)),

@@ -30,7 +30,7 @@ from . import checkpoint
 from .cache import Cache
 from .config import said
 from .convert import convert_layers
-from .model import MOMENTS, fits
+from .model import DTYPES, fits
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .parallel import ranks
 from .preference import Preference
@@ -260,9 +260,9 @@ def _start(model, stage, data):
         mixer = stage["mixer"] or (model.layer_kinds[mamba[0]] if mamba else "mamba2")
         if fresh:
             convert_layers(model, fresh, mixer, stage["init"], stage["seed"], data=data)
-    model.trainable(stage["train"])
+    model.trainable(stage["train"], stage["gradients"])
     for name, (m, _, master) in ranks().moments(model, everywhere=True):
-        zero = np.zeros(m.shape, MOMENTS[stage["moments"]])
+        zero = np.zeros(m.shape, DTYPES[stage["moments"]])
         model.set_moments(name, zero, zero, master)
     if ranks().size > 1:
         ranks().same(model.fingerprint(), "has other weights than rank 0 at the start of a stage: another processor, or another build")
