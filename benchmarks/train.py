@@ -35,7 +35,7 @@ def measure(source, objective, args, batch, recompute):
     """A row: a fresh student (and teacher) over source's weights."""
     teacher = mil.convert(source, mamba_layers=[]) if objective == "distill" else None
     student = mil.convert(source, attention=args.attention, mixer=args.mixer, check=False)
-    student.trainable(args.train)
+    student.trainable(args.train, args.gradients)
     ranks().share(student)
     rows, length = (2 * batch, args.length // 2) if objective == "dpo" else (batch, args.length)
     ids = np.random.default_rng(ranks().rank).integers(0, CONFIG["vocab_size"], (rows, length + 1)).astype(np.int32)
@@ -69,7 +69,7 @@ CARDS, BESIDE = (24, 48, 80, 141), 3 * 2**30  # GB of memory; bytes for workspac
 def fits_table(args):
     """Rows that fit, for each shape, what learns, and card."""
     table = []
-    print(f"rows of {args.length} tokens that fit, recompute on / off; ½ {args.mixer}, bf16, {args.moments} moments\n")
+    print(f"rows of {args.length} tokens that fit, recompute on / off; ½ {args.mixer}, bf16, {args.moments} moments, {args.gradients} gradients\n")
     print(f"{'shape':6s} {'objective':9s} {'learns':8s} " + " ".join(f"{card:>9d} GB" for card in CARDS))
     for shape in SHAPES:
         config = CONFIG | SHAPES[shape]
@@ -80,12 +80,12 @@ def fits_table(args):
             for train in ("*mamba*", "*"):
                 cells = []
                 for card in CARDS:
-                    held = [[training_memory(student, other, [train], rows, args.length, 2, args.moments, recompute)["total"] for rows in (1, 2)]
+                    held = [[training_memory(student, other, [train], rows, args.length, 2, args.moments, recompute, gradients=args.gradients)["total"] for rows in (1, 2)]
                             for recompute in (True, False)]
                     cells.append([max(0, int((card * 1e9 - BESIDE - 2 * one + two) // (two - one))) for one, two in held])
                 table.append({"shape": shape, "objective": objective, "train": train, "rows": dict(zip(map(str, CARDS), cells))})
                 print(f"{shape:6s} {objective:9s} {train:8s} " + " ".join(f"{on or '-':>6} / {off or '-':<3}" for on, off in cells))
-    print(json.dumps({"length": args.length, "moments": args.moments, "fits": table}))
+    print(json.dumps({"length": args.length, "moments": args.moments, "gradients": args.gradients, "fits": table}))
 
 
 def main():
@@ -98,6 +98,7 @@ def main():
     parser.add_argument("--attention", type=float, default=0.5, help="the share of layers that keep attention")
     parser.add_argument("--mixer", default="mamba2", choices=["mamba1", "mamba2"])
     parser.add_argument("--moments", default="bfloat16", choices=["float32", "bfloat16"], help="AdamW's")
+    parser.add_argument("--gradients", default="float32", choices=["float32", "bfloat16"], help="how those of bf16 matrices are kept")
     parser.add_argument("--recompute", nargs="*", default=["on", "off"], choices=["on", "off"])
     parser.add_argument("--objective", nargs="*", default=["distill"], choices=["distill", "sft", "dpo"])
     parser.add_argument("--train", nargs="*", default=["*mamba*"], metavar="PATTERN", help="what learns (default: *mamba*)")
@@ -108,7 +109,7 @@ def main():
     if not ranks().first:
         sys.stdout = open(os.devnull, "w")
     source = mil.random(CONFIG | SHAPES[args.shape], dtype="bfloat16", device=args.device)
-    print(f"{source.module.__name__}: {ranks().size} rank{'s'[:ranks().size - 1]}, {args.shape}, {args.attention:g} attention, {args.mixer}, {args.moments} moments, {args.length} tokens a row\n")
+    print(f"{source.module.__name__}: {ranks().size} rank{'s'[:ranks().size - 1]}, {args.shape}, {args.attention:g} attention, {args.mixer}, {args.moments} moments, {args.gradients} gradients, {args.length} tokens a row\n")
     print(f"{'objective':9s} {'batch':>5s} {'recompute':>9s} {'ms/step':>9s} {'tokens/s':>9s} {'floor tokens/s':>15s} {'peak GiB':>9s}")
     rows = []
     for objective in args.objective:
@@ -118,7 +119,7 @@ def main():
                 rows.append(row)
                 print(f"{objective:9s} {batch:5d} {recompute:>9s} {1e3 * row['seconds']:9.1f} {row['tokens_per_second']:9.0f} "
                       f"{row['floor_tokens_per_second']:15.0f} {row['peak_gib']:9.1f}", flush=True)
-    print(json.dumps({"shape": args.shape, "attention": args.attention, "mixer": args.mixer, "moments": args.moments, "length": args.length,
+    print(json.dumps({"shape": args.shape, "attention": args.attention, "mixer": args.mixer, "moments": args.moments, "gradients": args.gradients, "length": args.length,
                       "ranks": ranks().size, "train": args.train, "rows": rows}))
 
 

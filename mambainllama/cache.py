@@ -20,10 +20,11 @@ from tqdm import tqdm
 from .config import read_json, said
 from .convert import convert
 from .data import Batches, read
+from .parallel import ranks
 from .recipe import load_recipe, settings
 from .weights import replacing, writing
 
-EVERY = 16  # batches after which a cache marks how far it is
+EVERY = 16  # batches, or some more on several ranks, after which a cache marks how far it is
 SAMPLE = 4  # batches that its bias is measured on
 SAME = ("data", "tokens", "length", "batch", "k", "temperature", "vocab", "teacher")  # what a cache is of
 
@@ -33,7 +34,7 @@ def cache(teacher, data, out, length=2048, k=32, temperature=1.0, batch=8, stude
 
     data: as for distill; length, batch, temperature: as in a recipe, length and temperature those of the runs to come. student: whose bias
     is measured, on the teacher's backend (default: the teacher, half of its attention freshly converted). progress: True or False for
-    the bar; None: only on a terminal.
+    the bar; None: only on a terminal. On several ranks (parallel.py) each computes a share of the batches.
 
     cache.json: "data", "teacher" (fingerprints), "tokens", "length", "batch", "k", "temperature", "vocab", "bytes_per_token", "batches",
     "done" (of them). When all are: "tail_mass", the mean mass of all but the k tokens, and, of the first batches, "full_kl",
@@ -47,16 +48,23 @@ def cache(teacher, data, out, length=2048, k=32, temperature=1.0, batch=8, stude
         raise ValueError(f"cache: k must be an integer from 1 to the vocabulary's {vocab}, not {k!r}")
     if student and (student.module is not teacher.module or student.config["vocab_size"] != vocab):
         raise ValueError("cache: teacher and student must be on one backend and have one vocabulary")
-    batches = Batches(read(data, teacher.tokenizer, vocab, progress=progress), length, batch, shuffle=False)
-    about = {"data": batches.fingerprint, "tokens": len(batches.ids), "length": length, "batch": batch, "k": int(k),
-             "temperature": temperature, "vocab": vocab, "teacher": teacher.fingerprint(), "bytes_per_token": 8 * int(k) + 4,
+    with ranks().job():
+        return _cache(teacher, data, Path(out), length, int(k), temperature, batch, student, progress if ranks().first else False)
+
+
+def _cache(teacher, data, folder, length, k, temperature, batch, student, progress):
+    batches = ranks().in_turn(lambda: Batches(read(data, teacher.tokenizer, teacher.config["vocab_size"], progress=progress), length, batch, shuffle=False))
+    about = {"data": batches.fingerprint, "tokens": len(batches.ids), "length": length, "batch": batch, "k": k,
+             "temperature": temperature, "vocab": teacher.config["vocab_size"], "teacher": teacher.fingerprint(), "bytes_per_token": 8 * k + 4,
              "batches": -(-len(batches) // batch), "done": 0}
-    folder, report = Path(out), _begin(Path(out), about)
+    report = ranks().in_turn(lambda: _begin(folder, about))
     if "bias" in report:
         return report
-    files = _files(folder, report, "r+")
+    files = _files(folder, report, "r+" if ranks().first else "r")
 
     def mark():
+        if not ranks().first:
+            return
         with writing(folder):
             for file in files:
                 file.flush()
@@ -64,23 +72,33 @@ def cache(teacher, data, out, length=2048, k=32, temperature=1.0, batch=8, stude
     with tqdm(total=report["batches"], initial=report["done"], unit="batch", dynamic_ncols=True,
               disable=None if progress is None else not progress) as bar:
         try:
-            for (ids, _, prev), at in islice(zip(batches.once(), batches.positions_once()), report["done"], None):
-                tick, known = time.perf_counter(), at >= 0
-                for file, values in zip(files, teacher.top_log_probs(ids, k, temperature, prev)):
-                    file[at[known]] = values[known]
-                report["done"] += 1
-                if report["done"] % EVERY == 0:
+            mine = ranks().part(islice(zip(batches.once(), batches.positions_once()), report["done"], None))
+            while report["done"] < report["batches"]:  # each rank computes a batch, the first one writes them all
+                tick, before = time.perf_counter(), report["done"]
+                found = [one for one in ranks().every(next((_predicted(teacher, k, temperature, *one) for one in mine), None)) if one]
+                for at, values in found if ranks().first else ():
+                    for file, array in zip(files, values):
+                        file[at] = array
+                report["done"] += len(found)
+                if report["done"] // EVERY != before // EVERY:
                     mark()
-                bar.set_postfix({"tokens/s": f"{ids.size / (time.perf_counter() - tick):.0f}"}, refresh=False)
-                bar.update()
+                bar.set_postfix({"tokens/s": f"{sum(len(at) for at, _ in found) / (time.perf_counter() - tick):.0f}"}, refresh=False)
+                bar.update(len(found))
         except KeyboardInterrupt:
             mark()
-            raise KeyboardInterrupt(f"{report['done']} of {report['batches']} batches are done; the same call goes on from {out}") from None
+            raise KeyboardInterrupt(f"{report['done']} of {report['batches']} batches are done; the same call goes on from {folder}") from None
     mark()
-    cached, student = Cache(folder, report), student or convert(teacher, attention=0.5, check=False)
-    report |= {"tail_mass": cached.tail_mass(batches), **_bias(cached, teacher, student, batches)}
-    _write(folder, report)
-    return report
+    if ranks().first:
+        cached, student = Cache(folder, report), student or convert(teacher, attention=0.5, check=False)
+        report |= {"tail_mass": cached.tail_mass(batches), **_bias(cached, teacher, student, batches)}
+        _write(folder, report)
+    return ranks().every(report)[0]
+
+
+def _predicted(teacher, k, temperature, batch, at):
+    """(positions, what the cache has there), of a batch."""
+    (ids, _, prev), known = batch, at >= 0
+    return at[known], [values[known] for values in teacher.top_log_probs(ids, k, temperature, prev)]
 
 
 def _begin(folder, about):

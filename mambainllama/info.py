@@ -70,12 +70,12 @@ def memory(arch, real=4):
     }
 
 
-def training_memory(arch, teacher, train, batch, length, real, moments="float32", recompute=False, shared=True):
+def training_memory(arch, teacher, train, batch, length, real, moments="float32", recompute=False, shared=True, gradients="float32"):
     """About how many bytes a training step takes: {"weights", "gradients", "optimiser", "activations", "total"}.
 
     arch, teacher: architectures of what learns and of what it is compared with (None: nothing); shared: of the teacher's tensors the student
     has a copy of its own only where it learns; train: patterns of what learns; real: bytes of an activation and of a matrix' element.
-    bf16 weights that learn have a float32 master in the optimiser. Activations are those that layers keep for their backward, with recompute
+    bf16 weights that learn have a float32 master in the optimiser; of bf16 gradients those of the layer at work, or of the embedding, are float32 too. Activations are those that layers keep for their backward, with recompute
     their inputs and those of one layer. The chunks of the loss and the libraries' workspaces are left out: at Llama-3-8B's shape,
     where 29 to 57 GiB were measured on an H200, what is counted is 1.3 to 1.6 GiB less."""
     own, other = shapes(arch), shapes(teacher) if teacher else {}
@@ -89,7 +89,14 @@ def training_memory(arch, teacher, train, batch, length, real, moments="float32"
     layers = [2 * C + 2 * F + kept[kind] for kind in arch["kinds"]]
     backward = max(layers) + 2 * C + 2 * F  # of the layer at work
     activations = real * batch * length * (sum(layers) + backward if not recompute else len(layers) * C + max(layers) + backward)
-    parts = {"weights": weights, "gradients": 4 * trained,
+    whole = 4 * trained
+    if gradients == "bfloat16" and real == 2:
+        matrices = {name: prod(own[name]) for name in learns if len(own[name]) == 2 and not name.endswith("A_log")}
+        layer = {}
+        for name, count in matrices.items():
+            layer[name.split(".")[2] if ".layers." in name else name] = layer.get(name.split(".")[2] if ".layers." in name else name, 0) + count
+        whole += 4 * max(layer.values(), default=0) - 2 * sum(matrices.values())
+    parts = {"weights": weights, "gradients": whole,
              "optimiser": trained * ((8 if moments == "float32" else 4) + (4 if real == 2 else 0)), "activations": activations}
     return {**parts, "total": sum(parts.values())}
 

@@ -190,7 +190,7 @@ class Model:
         """Which parameters get gradients, by patterns over names (fits); returns their names. ValueError if a pattern fits none.
 
         gradients: "float32" | "bfloat16", how those of bf16 matrices are kept. bfloat16 ones take half the memory: a backward adds to them in
-        float32 and rounds the sum, so that the first since zero_grad leaves the float32 gradient rounded. The others are float32."""
+        float32 and rounds the sum, so that the first since zero_grad leaves the float32 gradient rounded (of a tied embedding: twice). The others are float32."""
         _dtype(gradients, "gradients")
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         names = self.names

@@ -8,6 +8,7 @@
   run:                                 # the parts, each a mapping of one name
     - convert: {attention: 0.5}        # or mamba_layers; mixer, window, init, data …: as mil.convert. Stages of a training part convert too
     - answer: {data: prompts.jsonl, max_new_tokens: 512}     # the teacher's answers (mil.answer): data of the parts after it that name none
+    - cache: {k: 32, batch: 8}         # the teacher's k likeliest next tokens (mil.cache): what the next distill part, on its data, learns from
     - distill: {data: chats.jsonl, stages: […], …}           # as mil.distill: a recipe, and its data
     - sft: {data: chats.jsonl, epochs: 1, …}                 # as mil.sft; train: as mil.train
     - dpo: {data: pairs.jsonl, reference: teacher, …}        # as mil.dpo; reference: start | teacher
@@ -21,6 +22,7 @@ from math import prod
 from pathlib import Path
 
 from .answers import answer
+from .cache import cache
 from .checkpoint import load, save, shapes
 from .config import architecture, mamba_config, read_folder
 from .convert import convert, replaced
@@ -38,6 +40,7 @@ RECIPES = Path(__file__).parent / "recipes"
 TOP = ("teacher", "start", "device", "dtype", "out", "config", "run")
 TRAINING = {"distill": {}, "train": NO_TEACHER, "sft": NO_TEACHER, "dpo": NO_TEACHER}  # their defaults
 OTHER = {"convert": ("data", "attention", "mamba_layers", "mixer", "window", "sinks", "init", "seed"),
+         "cache": ("k", "batch"),
          "answer": ("data", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "batch")}
 SPEED = 600e12   # FLOP/s that distillation at Llama-3-8B's shape reaches on an H200 (benchmarks/train.py)
 SAMPLES, SAMPLE_TOKENS = 4, 96
@@ -95,6 +98,14 @@ def load_plan(recipe):
                 raise ValueError(str(error).replace("recipe", here, 1)) from None
             given |= {"data": data or (answers and Path(answers)), "reference": reference}
         plan["run"].append((name, given))
+    for i, (name, part) in enumerate(plan["run"]):
+        if name != "cache":
+            continue
+        taught = next((other for after, other in plan["run"][i + 1:] if after == "distill"), None)
+        if not taught:
+            raise ValueError(f"{where}: run[{i}]: cache: no distill part comes after it")
+        part |= {"data": taught["data"], "length": taught["length"], "temperature": settings(taught, taught["stages"][0])["temperature"]}
+        taught["cache"] = f"{i + 1}-cache"
     return plan
 
 
@@ -149,7 +160,7 @@ class _Run:
             with replacing(mark) as file:
                 file.write(json.dumps(identity, indent=1).encode())
         report = report or self.work(name, part, folder)
-        if name == "answer":
+        if name in OTHER:
             if ranks().first:
                 with replacing(done) as file:
                     file.write(json.dumps(report).encode())
@@ -166,15 +177,17 @@ class _Run:
 
     def work(self, name, part, folder):
         data = self.out / part["data"] if isinstance(part["data"], Path) else part["data"]
-        how = {key: value for key, value in part.items() if key not in ("data", "reference")}
+        how = {key: value for key, value in part.items() if key not in ("data", "reference", "cache")}
         if name == "answer":
             return self.answers(data, folder, how)
+        if name == "cache":
+            return cache(self.model(self.plan["teacher"]), data, folder, progress=self.progress, **how)
         model = self.model(self.current)
         if model is self.models.get(self.plan["teacher"]):
             model = convert(model, mamba_layers=[])
         options = {"out": folder, "progress": self.progress}
         if name == "distill":
-            return distill(model, self.model(self.plan["teacher"]), data, how, **options)
+            return distill(model, self.out / part["cache"] if "cache" in part else self.model(self.plan["teacher"]), data, how, **options)
         if name == "dpo":
             return dpo(model, data, how, self.model(self.plan["teacher"]) if part["reference"] == "teacher" else "start", **options)
         return {"train": train, "sft": sft}[name](model, data, how, **options)
@@ -267,6 +280,10 @@ def _describe(plan):
         if name == "answer":
             lines.append("    the teacher's answers, as many as there are rows")
             continue
+        if name == "cache":
+            k = part.get("k", 32)
+            lines.append(f"    the teacher's {k} likeliest next tokens of it, {8 * k + 4} bytes a token: the next distill part learns from them")
+            continue
         if name == "convert":
             kinds = _converted(kinds, part.get("mamba_layers"), part.get("attention"), part.get("mixer", "mamba2"))
             lines.append(f"    {count_kinds(kinds)}")
@@ -279,10 +296,10 @@ def _describe(plan):
             rows_a_step = part["batch"] * part["accumulate"] * (2 if name == "dpo" else 1)
             tokens = rows_a_step * part["length"]
             steps = stage["steps"]
-            compared = teacher[1] if name == "distill" else None
+            compared = teacher[1] if name == "distill" and "cache" not in part else None
             flops = tokens * _flops(arch, trained, compared, stage["recompute"])
             held = training_memory(arch, compared, stage["train"], rows_a_step // part["accumulate"], part["length"], real, stage["moments"], stage["recompute"],
-                                   shared=plan["start"] is None)
+                                   shared=plan["start"] is None, gradients=stage["gradients"])
             lines.append(f"    stage {j + 1}: {count_kinds(kinds)}" + (f"; layers {', '.join(map(str, fresh))} are converted" if fresh else "")
                          + (f"; aligns {stage['align']}" if stage["align"] else ""))
             lines.append(f"      {trained / 1e9:.2f} billion parameters learn ({', '.join(stage['train'])}), lr {stage['lr']:g} {stage['schedule']}, "

@@ -10,7 +10,7 @@ import math
 import numbers
 import os
 
-from .config import MIXERS
+from .config import LARGEST, MIXERS
 from .convert import INITS
 
 DEFAULTS = {
@@ -43,12 +43,14 @@ DEFAULTS = {
     "eval_data": None,        # held-out rows, or where they are, as data.py says
     "guard": None,            # train, sft, dpo: {"limit": 0.1, …} ends a run in which recall falls by more (recall.py; … its arguments)
     "mixer": None,            # "mamba1" | "mamba2" | "window" | "identity" of converted layers; null: the student's kind, or mamba2
+    "window": None,           # of converted layers that are "window": the last tokens that are seen; null: as convert_layers says
+    "sinks": None,            # of the same: the first tokens, seen as well
     "init": "attention",      # of converted layers: "attention" | "identity" | "calibrated" | "random", as convert_layers says
 }
 
 NO_TEACHER = {"kl": 0.0, "ce": 1.0}  # the defaults where there is none: train, sft, dpo
 STAGE = ("lr", "warmup", "schedule", "betas", "weight_decay", "clip", "kl", "ce", "temperature", "kl_kind", "align", "on_policy", "train",
-         "mixer", "init")  # what a stage may set for itself
+         "mixer", "window", "sinks", "init")  # what a stage may set for itself
 GUARD = ("lengths", "depths", "items", "seed", "pairs", "filler", "batch")  # arguments of recall
 MOST = 2**31 - 1  # tokens of a micro-batch
 
@@ -137,6 +139,8 @@ def _stage(where, stage, recipe):
     now = settings(recipe, checked)
     if not now["align"] and now["kl"] == 0 and now["ce"] == 0:
         raise ValueError(f"{where}: kl and ce are both 0, so there is nothing to learn")
+    if now["mixer"] not in (None, "window") and (now["window"], now["sinks"]) != (None, None):
+        raise ValueError(f"{where}: window and sinks go with mixer 'window', not with {now['mixer']!r}")
     if now["on_policy"] and not now["align"]:
         raise ValueError(f"{where}: on_policy belongs to align, which is not asked for")
     return checked
@@ -235,6 +239,6 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path, a list of paths or a list of rows"),
     "guard": (_guard, f"null or a mapping of limit, from 0 to 1, and of arguments of recall: {', '.join(GUARD)}"),
     "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
-    "mixer": _choice(None, *MIXERS), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
+    "mixer": _choice(None, *MIXERS), "window": _optional(_integer(1, LARGEST)), "sinks": _optional(_integer(0, LARGEST)), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
 }

@@ -259,7 +259,7 @@ def _start(model, stage, data):
         fresh = [i for i in stage["mamba_layers"] if i not in mamba]
         mixer = stage["mixer"] or (model.layer_kinds[mamba[0]] if mamba else "mamba2")
         if fresh:
-            convert_layers(model, fresh, mixer, stage["init"], stage["seed"], data=data)
+            convert_layers(model, fresh, mixer, stage["init"], stage["seed"], data=data, window=stage["window"], sinks=stage["sinks"])
     model.trainable(stage["train"], stage["gradients"])
     for name, (m, _, master) in ranks().moments(model, everywhere=True):
         zero = np.zeros(m.shape, DTYPES[stage["moments"]])
@@ -364,7 +364,7 @@ class Folder:
                 for part, array in zip(("m", "v", "master"), values):
                     if array is not None:
                         put(f"{part}/{name}", array)
-            archive.writestr("run.json", json.dumps({"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds,
+            archive.writestr("run.json", json.dumps({"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "windows": model.c.windows(),
                                                      "machine": _machine(model), "arrays": arrays}))
 
     def record(self, record):
@@ -401,11 +401,13 @@ def _restore(model, run, stages, file):
     have, kinds = model.layer_kinds, run["layer_kinds"]
     if len(have) != len(kinds) or any(a not in ("attention", b) for a, b in zip(have, kinds)):
         raise _Other(f"the student's layers are {have}, and the checkpoint's {kinds}: go on with the student that the run began with")
-    for kind in set(kinds) - {"attention"}:
-        fresh = [i for i, (a, b) in enumerate(zip(have, kinds)) if a != b == kind]
+    windows, sinks = run["windows"]
+    for kind, window in {*zip(kinds, windows)}:
+        fresh = [i for i, (a, *b) in enumerate(zip(have, kinds, windows)) if a != kind and b == [kind, window]]
         if fresh:
-            convert_layers(model, fresh, kind, "random")
-    model.trainable(stages[run["status"]["last"]["stage"]]["train"])
+            convert_layers(model, fresh, kind, "random", **({"window": window, "sinks": sinks} if kind == "window" else {}))
+    stage = stages[run["status"]["last"]["stage"]]
+    model.trainable(stage["train"], stage["gradients"])
     for key in file.files:
         part, _, name = key.partition("/")
         if part == "weight":

@@ -389,6 +389,7 @@ def test_recipe_files_and_defaults(tmp_path):
     ({"stages": [{"mamba_layers": [0, 2], "steps": 1}, {"mamba_layers": [2], "steps": 1}]}, "stages\\[1\\]: mamba_layers lacks layers \\[0\\]"),
     ({"stages": [{"mamba_layers": [1], "steps": 1}, {"mamba_layers": [], "steps": 1}]}, "lacks"),
     ({"stages": [{"steps": 5, "epochs": 1}]}, "not both"), ({"epochs": 0}, "above 0"), ({"steps": 5, "on_policy": True}, "belongs to align"),
+    ({"steps": 5, "mixer": "mamba1", "window": 8}, "go with mixer 'window', not with 'mamba1'"), ({"steps": 5, "sinks": -1}, "null or an integer from 0"),
     ({"stages": [{"steps": 5, "kl": 0, "ce": 0}]}, "nothing to learn"), ({"stages": [{"steps": 5, "length": 9}]}, "unknown key 'length'"),
     ({"steps": 5, "guard": {"limits": 1}}, "guard must be null or a mapping"), ({"steps": 5, "guard": {"limit": 2}}, "from 0 to 1"),
     (7, "dict or a path"), ("/nowhere.yaml", "No such file"),

@@ -1,10 +1,13 @@
 """Model: logits and gradients against a float64 torch reference, and decoding against one forward."""
+import math
+
 import numpy as np
 import pytest
 
 import mambainllama as mil
 from conftest import on
 from mambainllama.config import architecture
+from reference import bf16_to_float, float_to_bf16
 
 RNG = np.random.default_rng(0)
 BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
@@ -383,6 +386,37 @@ def test_identity_init_is_the_attention_init_with_convolutions_that_pass_on(mixe
     assert [name for name in a.names if not np.array_equal(a.raw(name), b.raw(name))] == [name for name in a.names if "conv1d" in name]
     weight = b.get("model.layers.1.mamba.conv1d.weight")
     assert (weight[..., -1] == 1).all() and not weight[..., :-1].any() and not b.get("model.layers.1.mamba.conv1d.bias").any()
+
+
+@pytest.mark.parametrize("name", ["mamba1 hybrid, tied, one kv head", "qwen2 biases with mamba2"])
+@pytest.mark.parametrize("device", on("cpu", "cuda"), indirect=True)
+def test_bf16_gradients_are_the_float_ones_rounded(name, device):
+    """Of each backward the sum, in the matrices alone; the norm and a step are those of what is kept."""
+    model, ids, targets = build(name, dtype="bfloat16", device=device.how["device"]), tokens(2, 40), tokens(2, 40, 1)
+    halves = [key for key in model.names if model.raw(key).dtype == np.uint16]
+
+    def backward(step):
+        model.loss(ids, np.roll(targets, step, 1), backward=True, recompute=step == 1)
+        return {key: model.grad(key) for key in model.names}
+    exact = []
+    for step in range(2):
+        model.zero_grad()
+        exact.append(backward(step))
+    model.trainable(gradients="bfloat16")
+    kept, rounded = [backward(step) for step in range(2)], [bf16_to_float(float_to_bf16(exact[0][key])) for key in halves]
+    for key, first in zip(halves, rounded):
+        tied = key == "model.embed_tokens.weight" and "lm_head.weight" not in model.names  # rounded for its use above, and for that below
+        assert error(kept[0][key], first) < 4e-3 if tied else np.array_equal(kept[0][key], first), key
+        second = bf16_to_float(float_to_bf16(first + exact[1][key]))
+        assert error(kept[1][key], second) < 4e-3 and (tied or np.mean(kept[1][key] != second) < 0.02), key
+    for key in set(model.names) - set(halves):
+        assert error(kept[1][key], exact[0][key] + exact[1][key]) < 1e-5, key
+    assert model.grad_norm() == pytest.approx(math.hypot(*(np.linalg.norm(g.astype(np.float64)) for g in kept[1].values())), rel=1e-6)
+    model.step(1e-2, scale=0.5)
+    for key, (m, v, _) in model.moments().items():
+        assert error(m, 0.05 * kept[1][key]) < 1e-6 and error(v, 0.25e-3 * kept[1][key] ** 2) < 1e-4
+    model.zero_grad()
+    assert not model.grad_norm()
 
 
 def test_frozen_gradients_do_not_change_the_others():

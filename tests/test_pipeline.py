@@ -76,6 +76,19 @@ def test_the_same_as_the_calls_one_by_one(folder, tmp_path):
     assert bits(ours) == bits(student)
 
 
+def test_a_part_learns_from_a_cache(folder, tmp_path):
+    """Of all tokens, so that it learns what the teacher itself would have taught; the part after the next has the teacher again."""
+    part = {"data": str(folder / "chats.jsonl"), "stages": [{"mamba_layers": [0], "steps": 2}], **SMALL}
+    plan = {"teacher": str(folder / "teacher"), "run": [{"cache": {"k": len(tasks.VOCABULARY)}}, {"distill": part}, {"distill": {**part, "seed": 1}}]}
+    text = mil.run({**plan, "config": None}, dry_run=True)
+    assert f"{len(tasks.VOCABULARY)} likeliest" in text
+    ours = mil.run(plan, tmp_path / "cached")
+    assert ours["parts"][0] is None and (tmp_path / "cached" / "1-cache" / "cache.json").exists() and "cache" not in dict(enumerate(load_plan(plan)["run"]))[2][1]
+    theirs = mil.run({**plan, "run": plan["run"][1:]}, tmp_path / "taught")
+    for one, other in zip(ours["parts"][1:], theirs["parts"]):
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-4)
+
+
 def test_killed_between_steps_it_goes_on(folder, tmp_path):
     plan = recipe(folder) | {"out": str(tmp_path / "killed")}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -114,6 +127,8 @@ def test_own_recipes_describe_themselves(name):
     (lambda r: r["run"][0]["answer"].update(top_q=1), "did you mean 'top_p'"),
     (lambda r: r["run"][3]["sft"].update(epochs=0), "epochs must be a number above 0, not 0"),
     (lambda r: r.update(run=[{"sft": {"steps": 1}}]), "sft names no data"),
+    (lambda r: r["run"].append({"cache": {"k": 8}}), "run\\[5\\]: cache: no distill part comes after it"),
+    (lambda r: r["run"].insert(0, {"cache": {"length": 8}}), "unknown key 'length'"),
     (lambda r: r.pop("teacher"), "names no teacher"),
 ])
 def test_a_bad_recipe_is_one_sentence(folder, tmp_path, change, says):

@@ -62,14 +62,14 @@ def history(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Uninterrupted runs by dtype and moments: (folder, student)."""
+    """Uninterrupted runs by dtype and how moments, and in bf16 gradients too, are kept: (folder, student)."""
     done = {}
 
     def run(*kind):
         dtype, moments = kind or ("float32", "float32")
         if kind not in done:
             folder = tmp_path_factory.mktemp("whole")
-            done[kind] = folder, distill(folder, dtype, moments=moments)[0]
+            done[kind] = folder, distill(folder, dtype, moments=moments, gradients=moments)[0]
         return done[kind]
     return run
 
@@ -206,11 +206,11 @@ def test_new_layers_take_the_student_s_mixer():
 def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype, moments):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, step, stop)
-        distill(tmp_path, dtype, moments=moments)
+        distill(tmp_path, dtype, moments=moments, gradients=moments)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')  # a line cut short
     (tmp_path / "checkpoint.npz.tmp").write_bytes(b"cut short too")
-    student, _ = distill(tmp_path, dtype, moments=moments)
+    student, _ = distill(tmp_path, dtype, moments=moments, gradients=moments)
     same_end(tmp_path, student, whole, dtype, moments)
 
 
@@ -219,7 +219,7 @@ def test_resumed_at_any_step(tmp_path, monkeypatch, whole, step, dtype, moments)
 def test_resumed_on_a_gpu(tmp_path, monkeypatch, device, moments):
     """Two runs, one of them killed between two checkpoints of a stage: the same bits."""
     plan = {"stages": [{"mamba_layers": [1], "steps": 2}, {"mamba_layers": [0, 1], "steps": 4}], "checkpoint_every": 2, "accumulate": 1,
-            "moments": moments, "recompute": moments == "bfloat16"}
+            "moments": moments, "gradients": moments, "recompute": moments == "bfloat16"}
     whole, _ = distill(tmp_path / "whole", **device.how, **plan)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, 5, stop)

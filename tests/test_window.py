@@ -127,11 +127,12 @@ def test_the_gate_and_ablation_know_them():
 def test_a_recipe_converts_to_them(mixer, tmp_path):
     """A run that went on has the bits of one that did not stop."""
     teacher = mil.random(CONFIG, seed=1)
-    recipe = {"stages": [{"mamba_layers": [0], "steps": 2, "mixer": mixer}, {"mamba_layers": [0, 1], "steps": 2}], "length": 24, "batch": 2,
+    seen = {"window": 9, "sinks": 2} if mixer == "window" else {}
+    recipe = {"stages": [{"mamba_layers": [0], "steps": 2, "mixer": mixer, **seen}, {"mamba_layers": [0, 1], "steps": 2}], "length": 24, "batch": 2,
               "checkpoint_every": 3, "lr": 1e-3}
     student = mil.convert(teacher, mamba_layers=[])
     mil.distill(student, teacher, rows(1), recipe, out=tmp_path / "run")
-    assert student.layer_kinds == [mixer, mixer, "attention"]
+    assert student.layer_kinds == [mixer, mixer, "attention"] and student.c.windows() == (([9, 9, 0], 2) if seen else ([0, 0, 0], 0))
     (tmp_path / "run" / "report.json").unlink()
     again = mil.convert(teacher, mamba_layers=[])
     mil.distill(again, teacher, rows(1), recipe, out=tmp_path / "run")
