@@ -1,5 +1,6 @@
 /* adamw.c - the optimiser's step and the sum of squares of a gradient, each one pass over the arena. */
 #include "device.h"
+#include "ops.h"
 #include "philox.h"
 
 /* Elements updated before they are rounded to bf16 (a multiple of 4); elements a partial sum. Work is shared out in whole ones. */
@@ -8,7 +9,7 @@ enum { UPDATE = 2048, PARTIAL = 1 << 15 };
 typedef struct {
   float *w;
   void *m, *v;
-  const float *grad;
+  Matrix grad;
   uint16_t *rounded; /* of w, or NULL */
   int halves;        /* m and v are bf16 */
   float lr, b1, b2, eps, decay, gscale, c1, c2;
@@ -33,15 +34,16 @@ static void narrow(const AdamW *a, const float *m, const float *v, size_t from, 
 }
 
 static void update(const AdamW *a, size_t from, size_t n) {
-  float wide[2][UPDATE];
+  float wide[3][UPDATE];
   float *restrict w = a->w + from, *restrict m = a->halves ? wide[0] : (float *)a->m + from;
   float *restrict v = a->halves ? wide[1] : (float *)a->v + from;
-  const float *restrict grad = a->grad + from;
+  const float *restrict grad = a->grad.type == FLOAT32 ? (const float *)a->grad.data + from : wide[2];
   const float lr = a->lr, b1 = a->b1, b2 = a->b2, eps = a->eps, decay = a->decay, gscale = a->gscale, c1 = a->c1, c2 = a->c2;
   if (a->halves) {
     widen(m, (const uint16_t *)a->m + from, n);
     widen(v, (const uint16_t *)a->v + from, n);
   }
+  if (a->grad.type != FLOAT32) widen(wide[2], (const uint16_t *)a->grad.data + from, n);
   for (size_t i = 0; i < n; i++) {
     float g = gscale * grad[i];
     m[i] = b1 * m[i] + (1 - b1) * g;
@@ -58,7 +60,7 @@ static void updates(void *arg, size_t i, size_t end, size_t worker) {
   for (; i < end; i++) update(a, i * UPDATE, min(UPDATE, a->n - i * UPDATE));
 }
 
-void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
+void adamw(void *w, float *master, void *m, void *v, Matrix grad, int type, int moments, float lr, float b1, float b2, float eps,
            float decay, float gscale, size_t step, uint64_t key, size_t first, size_t n) {
   AdamW a = {.w = type == FLOAT32 ? w : master, .m = m, .v = v, .grad = grad, .rounded = type == FLOAT32 ? NULL : w,
              .halves = moments == BFLOAT16, .lr = lr, .b1 = b1, .b2 = b2, .eps = eps, .decay = decay, .gscale = gscale,
@@ -70,7 +72,7 @@ void adamw(void *w, float *master, void *m, void *v, const float *grad, int type
 
 typedef struct {
   double *partial;
-  const float *g;
+  Matrix g;
   size_t n;
 } Squares;
 
@@ -78,16 +80,21 @@ static void squares(void *arg, size_t i, size_t end, size_t worker) {
   (void)worker;
   const Squares *a = arg;
   for (; i < end; i++) {
-    const float *g = a->g + i * PARTIAL;
+    const float *g = (const float *)a->g.data + i * PARTIAL;
+    const uint16_t *half = (const uint16_t *)a->g.data + i * PARTIAL;
     double s = 0;
     size_t n = min(PARTIAL, a->n - i * PARTIAL);
+    if (a->g.type == FLOAT32)
 #pragma omp simd reduction(+ : s)
-    for (size_t j = 0; j < n; j++) s += (double)g[j] * g[j];
+      for (size_t j = 0; j < n; j++) s += (double)g[j] * g[j];
+    else
+#pragma omp simd reduction(+ : s)
+      for (size_t j = 0; j < n; j++) s += (double)bf16_to_float(half[j]) * bf16_to_float(half[j]);
     a->partial[i] = s;
   }
 }
 
-double sum_squares(const float *g, size_t n) {
+double sum_squares(Matrix g, size_t n) {
   const size_t parts = (n + PARTIAL - 1) / PARTIAL;
   Squares a = {device_scratch(parts * sizeof(double)), g, n};
   if (!a.partial) return 0;

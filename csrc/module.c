@@ -603,7 +603,7 @@ static PyObject *py_supports(PyObject *self, PyObject *level) {
 static PyObject *py_sum_squares(PyObject *self, PyObject *value) {
   (void)self;
   static const Op op = {.name = "sum_squares"};
-  static const Param p = {.name = "g", .type = '%', .dims = 1, .letter = "n"};
+  static const Param p = {.name = "g", .type = '#', .dims = 1, .letter = "n"};
   size_t n[128] = {0};
   char bound[128] = {0};
   Arg a = {0};
@@ -613,9 +613,9 @@ static PyObject *py_sum_squares(PyObject *self, PyObject *value) {
     return NULL;
   }
   device_lock();
-  if (!on_device) a.data = device_lend(a.host, a.n, sizeof(float), 0, 1);
-  double sum = a.data ? sum_squares(a.data, a.n) : 0;
-  if (!on_device) device_return(a.host, a.data, a.n, sizeof(float), 0, 0);
+  if (!on_device) a.data = device_lend(a.host, a.n, item_size(&p, &a), 0, 1);
+  double sum = a.data ? sum_squares((Matrix){a.data, a.type}, a.n) : 0;
+  if (!on_device) device_return(a.host, a.data, a.n, item_size(&p, &a), 0, 0);
   const char *failure = device_error();
   device_unlock();
   Py_XDECREF(a.owner);
@@ -646,7 +646,7 @@ static PyMethodDef functions[] = {
      "time_op(name, repeat, **arguments) -> seconds of one of `repeat` calls in a row, arguments and results staying on the device."},
     {"memory", py_memory, METH_VARARGS,
      "memory(reset=False) -> (bytes in use, the most since the last reset) of the device; zeros where memory is the system's."},
-    {"sum_squares", py_sum_squares, METH_O, "sum_squares(g float32 (n,)) -> float: the sum of squares, in double."},
+    {"sum_squares", py_sum_squares, METH_O, "sum_squares(g float32, or uint16 (bf16 bits) (n,)) -> float: the sum of squares, in double."},
     {0}};
 
 static int add_ops(PyObject *module) {

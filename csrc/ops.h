@@ -231,10 +231,10 @@ void squared_error_backward(real *da, const float *dy, const real *a, const real
  * (`moments`): then they are rounded, after w has moved, up or down at random with their values as the means: v would stand still
  * where 1-b2 is below half a bit. The random bits are Philox's of (key, first + i, step), so a run repeats, and so does a part of it: the
  * arrays may be elements first … first + n of larger ones, first a multiple of 4.   all (n) */
-void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
+void adamw(void *w, float *master, void *m, void *v, Matrix grad, int type, int moments, float lr, float b1, float b2, float eps,
            float decay, float gscale, size_t step, uint64_t key, size_t first, size_t n);
 /* sum g^2 in double, a fixed order for a thread count */
-double sum_squares(const float *g, size_t n);
+double sum_squares(Matrix g, size_t n);
 
 /* ---- sample.c ------------------------------------------------------------------------------------------------------ */
 

@@ -112,10 +112,10 @@ ROW(squared_error_forward, "a:mc b:mc -> y%:m", "", 0, "y = the sum over c of (a
     squared_error_forward(f(2), r(0), r(1), n['m'], n['c']))
 ROW(squared_error_backward, "dy%:m a:mc b:mc -> da:mc", "", 0, "da = 2 dy (a - b).",
     squared_error_backward(r(3), f(0), r(1), r(2), n['m'], n['c']))
-ROW(adamw, "w%!:n m#!:n v#!:n grad%:n lr%:1 b1%:1 b2%:1 eps%:1 decay%:1 step@:1 gscale%?:1 key@?:1 first@?:1 ->", "", 0,
+ROW(adamw, "w%!:n m#!:n v#!:n grad#:n lr%:1 b1%:1 b2%:1 eps%:1 decay%:1 step@:1 gscale%?:1 key@?:1 first@?:1 ->", "", 0,
     "AdamW with decoupled decay (Loshchilov & Hutter 2019); gradients are multiplied by gscale (default 1) first. Moments in bf16 are\n"
     "rounded at random, by Philox(key, first + index, step).",
-    adamw(f(0), NULL, a[1].data, a[2].data, f(3), FLOAT32, a[1].type, num(4, 0), num(5, 0), num(6, 0), num(7, 0), num(8, 0), num(10, 1),
+    adamw(f(0), NULL, a[1].data, a[2].data, mat(3), FLOAT32, a[1].type, num(4, 0), num(5, 0), num(6, 0), num(7, 0), num(8, 0), num(10, 1),
           whole(9, 1), whole(11, 0), whole(12, 0), n['n']))
 ROW(sample, "logits%:bv temperature%:b top_k@:b top_p%:b min_p%:b u%:b -> token@:b", "v>0", 0,
     "Temperature, top-k, top-p, min-p, then the inverse CDF at u in [0,1). temperature 0: the first largest logit.",

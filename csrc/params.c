@@ -329,22 +329,11 @@ Range part_of(const Model *m, const Param *p, size_t rank) {
   return from < to ? (Range){from - p->gradient, to - from} : (Range){0, 0};
 }
 
-enum { CHUNK = 1 << 24 }; /* elements of a bf16 gradient that are float at a time */
-
 double model_squares(Model *m) {
   const size_t part = m->floats / m->ranks, half = m->halves / m->ranks;
-  jmp_buf out_of_memory;
-  if (!m->gradients || setjmp(out_of_memory)) return 0;
-  double sum = sum_squares((float *)m->gradients + m->halves / 2 + m->rank * part, part);
-  if (!half) return sum;
-  arena_begin(&m->arena, &out_of_memory);
-  float *wide = take(&m->arena, (half < CHUNK ? half : CHUNK) * sizeof *wide);
-  for (size_t i = 0; i < half; i += CHUNK) {
-    const size_t n = half - i < CHUNK ? half - i : CHUNK;
-    copy_rows(wide, FLOAT32, 0, (Matrix){(uint16_t *)m->gradients + m->rank * half + i, BFLOAT16}, 0, 1, n);
-    sum += sum_squares(wide, n);
-  }
-  return sum;
+  if (!m->gradients) return 0;
+  return sum_squares((Matrix){(float *)m->gradients + m->halves / 2 + m->rank * part, FLOAT32}, part) +
+         sum_squares((Matrix){(uint16_t *)m->gradients + m->rank * half, BFLOAT16}, half);
 }
 
 size_t model_exchange(Model *m, int out) {
@@ -368,26 +357,14 @@ size_t model_exchange(Model *m, int out) {
 
 int model_step(Model *m, int moments, float lr, float b1, float b2, float eps, float decay, float gscale, size_t step) {
   size_t layer;
-  jmp_buf out_of_memory;
-  if (setjmp(out_of_memory)) return -1;
-  arena_begin(&m->arena, &out_of_memory);
   m->version++;
   for (size_t i = 0; i < param_count(m); i++) {
     Param *p = param_at(m, i, &layer);
     if (!learns(m, p)) continue;
     if (param_own(p) || param_moments(m, p, moments)) return -1;
     const int half = half_gradient(m, p);
-    const size_t size = moments == FLOAT32 ? 4 : 2, most = half && p->held > CHUNK ? CHUNK : p->held;
-    Mark before = arena_mark(&m->arena);
-    float *wide = half ? take(&m->arena, most * sizeof *wide) : NULL;
-    for (size_t done = 0, n; done < p->held; done += n) {
-      n = p->held - done < most ? p->held - done : most;
-      const size_t first = p->first + done;
-      if (half) copy_rows(wide, FLOAT32, 0, (Matrix){(uint16_t *)stored_gradient(m, p) + first, BFLOAT16}, 0, 1, n);
-      adamw(at(p, first), p->master ? p->master + done : NULL, (char *)p->m + done * size, (char *)p->v + done * size,
-            half ? wide : gradient(m, p) + first, p->type, moments, lr, b1, b2, eps, decay, gscale, step, i, first, n);
-    }
-    arena_release(&m->arena, before);
+    const Matrix grad = {(char *)stored_gradient(m, p) + p->first * (half ? 2 : 4), half ? BFLOAT16 : FLOAT32};
+    adamw(at(p, p->first), p->master, p->m, p->v, grad, p->type, moments, lr, b1, b2, eps, decay, gscale, step, i, p->first, p->held);
   }
   return 0;
 }

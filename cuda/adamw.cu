@@ -10,7 +10,6 @@ enum { PARTIAL = 1 << 15 }; /* elements of one partial sum of squares */
 struct Update {
   void *weights;     /* of `type` */
   float *w;          /* weights, or their master */
-  const float *grad;
   int type;
   float lr, b1, b2, eps, decay, gscale, c1, c2; /* c: what takes the bias from m and v */
   size_t step, first; /* first: in fours */
@@ -23,7 +22,7 @@ struct Update {
   }
 };
 
-/* Moments, float or bf16. `random`: 16 bits each. */
+/* Moments and gradients, float or bf16. `random`: 16 bits each. */
 __device__ void load_4(float (&x)[4], const float *p) { load_16(x, p); }
 __device__ void load_4(float (&x)[4], const uint16_t *p) {
   const uint2 q = *(const uint2 *)p;
@@ -37,8 +36,8 @@ __device__ void store_4(uint16_t *p, const float (&x)[4], const uint32_t (&rando
 __device__ float widen(float x) { return x; }
 __device__ float widen(uint16_t x) { return bf16_to_float(x); }
 
-/* S: float or uint16_t, what the moments are kept in. */
-template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size_t fours) {
+/* S, G: float or uint16_t, what the moments and the gradient are kept in. */
+template <class S, class G> __global__ void update(Update u, S *ms, S *vs, const G *grad, size_t n, size_t fours) {
   const size_t stride = (size_t)gridDim.x * blockDim.x, first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   constexpr bool HALF = sizeof(S) == 2;
   for (size_t i = first; i < fours; i += stride) {
@@ -46,7 +45,7 @@ template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size
     load_16(w, u.w + 4 * i);
     load_4(m, ms + 4 * i);
     load_4(v, vs + 4 * i);
-    load_16(g, u.grad + 4 * i);
+    load_4(g, grad + 4 * i);
 #pragma unroll
     for (int k = 0; k < 4; k++) u.one(w[k], m[k], v[k], g[k]);
     store_16(u.w + 4 * i, w);
@@ -64,7 +63,7 @@ template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size
   }
   for (size_t i = 4 * fours + first; i < n; i += stride) {
     float m = widen(ms[i]), v = widen(vs[i]);
-    u.one(u.w[i], m, v, u.grad[i]);
+    u.one(u.w[i], m, v, widen(grad[i]));
     if constexpr (HALF) {
       uint32_t word[4];
       moment_bits(word, u.key, u.first + i / 4, u.step);
@@ -77,17 +76,17 @@ template <class S> __global__ void update(Update u, S *ms, S *vs, size_t n, size
   }
 }
 
-__global__ void squares(double *part, const float *g, size_t n) {
+template <class G> __global__ void squares(double *part, const G *g, size_t n) {
   const size_t from = (size_t)blockIdx.x * PARTIAL, to = from + PARTIAL < n ? from + PARTIAL : n;
   const size_t cut = aligned_16(g) ? from + (to - from) / 4 * 4 : from;
   double sum = 0;
 #pragma unroll 4
   for (size_t i = from + 4 * threadIdx.x; i < cut; i += 4 * blockDim.x) {
     float v[4];
-    load_16(v, g + i);
+    load_4(v, g + i);
     for (int k = 0; k < 4; k++) sum += (double)v[k] * v[k];
   }
-  for (size_t i = cut + threadIdx.x; i < to; i += blockDim.x) sum += (double)g[i] * g[i];
+  for (size_t i = cut + threadIdx.x; i < to; i += blockDim.x) sum += (double)widen(g[i]) * widen(g[i]);
   sum = block_sum(sum);
   if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
@@ -101,23 +100,30 @@ __global__ void add_up(double *part, size_t n) {
 
 }  // namespace
 
-void adamw(void *w, float *master, void *m, void *v, const float *grad, int type, int moments, float lr, float b1, float b2, float eps,
+void adamw(void *w, float *master, void *m, void *v, Matrix grad, int type, int moments, float lr, float b1, float b2, float eps,
            float decay, float gscale, size_t step, uint64_t key, size_t first, size_t n) {
   const float c1 = (float)(1 / (1 - pow((double)b1, (double)step))), c2 = (float)(1 / (1 - pow((double)b2, (double)step)));
-  const Update u = {w, type == FLOAT32 ? (float *)w : master, grad, type, lr, b1, b2, eps, decay, gscale, c1, c2, step, first / 4, key};
-  const size_t fours = all_aligned(w, u.w, m, v, grad) ? n / 4 : 0;
+  const Update u = {w, type == FLOAT32 ? (float *)w : master, type, lr, b1, b2, eps, decay, gscale, c1, c2, step, first / 4, key};
+  const size_t fours = all_aligned(w, u.w, m, v, grad.data) ? n / 4 : 0;
   const unsigned blocks = blocks_for(fours ? ceil_div(n, 4) : n, 256, 32 * multiprocessors());
-  if (moments == FLOAT32)
-    LAUNCH(update<float>, blocks, 256, 0, u, (float *)m, (float *)v, n, fours);
-  else
-    LAUNCH(update<uint16_t>, blocks, 256, 0, u, (uint16_t *)m, (uint16_t *)v, n, fours);
+  auto kept = [&](auto *ms, auto *vs) {
+    using S = std::remove_pointer_t<decltype(ms)>;
+    if (grad.type == FLOAT32)
+      LAUNCH((update<S, float>), blocks, 256, 0, u, ms, vs, (const float *)grad.data, n, fours);
+    else
+      LAUNCH((update<S, uint16_t>), blocks, 256, 0, u, ms, vs, (const uint16_t *)grad.data, n, fours);
+  };
+  moments == FLOAT32 ? kept((float *)m, (float *)v) : kept((uint16_t *)m, (uint16_t *)v);
 }
 
-double sum_squares(const float *g, size_t n) {
+double sum_squares(Matrix g, size_t n) {
   const size_t blocks = ceil_div(n, PARTIAL);
   double sum = 0, *part = (double *)device_scratch((blocks + 1) * sizeof(double));
   if (!part || !n) return 0;
-  LAUNCH(squares, (unsigned)blocks, 256, 0, part, g, n);
+  if (g.type == FLOAT32)
+    LAUNCH(squares<float>, (unsigned)blocks, 256, 0, part, (const float *)g.data, n);
+  else
+    LAUNCH(squares<uint16_t>, (unsigned)blocks, 256, 0, part, (const uint16_t *)g.data, n);
   LAUNCH(add_up, 1, 512, 0, part, blocks);
   device_pull(&sum, part, sizeof sum);
   return sum;

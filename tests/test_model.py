@@ -9,7 +9,6 @@ from conftest import on
 from mambainllama.config import architecture
 from reference import bf16_to_float, float_to_bf16
 
-RNG = np.random.default_rng(0)
 BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 61, "rms_norm_eps": 1e-5,
         "initializer_range": 0.15}
@@ -52,10 +51,10 @@ everywhere = pytest.mark.parametrize("name, device", [pytest.param(name, *place.
 
 
 def build(name, seed=1, device="cpu", dtype=None):
-    model = mil.random(HYBRIDS[name], seed=seed, device=device, dtype=dtype)
+    model, rng = mil.random(HYBRIDS[name], seed=seed, device=device, dtype=dtype), np.random.default_rng(0)
     for key in model.names:  # what starts at 0 or 1 would hide a wrong index
         if not key.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight", "A_log", "dt_bias", "dt_proj.bias")):
-            model.set(key, model.get(key) + 0.2 * RNG.standard_normal(model.names[key]).astype(np.float32))
+            model.set(key, model.get(key) + 0.2 * rng.standard_normal(model.names[key]).astype(np.float32))
     return model
 
 

@@ -347,6 +347,23 @@ def test_adamw_with_bf16_moments(backend, n, first):
     assert np.abs(got["m"].astype(int) - m).max() <= 1 and np.abs(got["v"].astype(int) - v).max() <= 1
 
 
+@sanitize
+@pytest.mark.parametrize("n", [1, 4099])
+@pytest.mark.parametrize("moments", ["f4", "u2"])
+def test_adamw_with_a_bf16_gradient(backend, n, moments):
+    """The bits of the same numbers in float32."""
+    r = np.random.default_rng(1)
+    bits = twin.float_to_bf16(r.standard_normal(n))
+    args = dict(w=r.standard_normal(n).astype("f4"), m=np.zeros(n, moments), v=np.zeros(n, moments))
+    how = dict(lr=0.3, b1=0.9, b2=0.999, eps=1e-8, decay=0.1, step=7, gscale=0.5, key=3)
+    ours, theirs = ({key: value.copy() for key, value in args.items()} for _ in range(2))
+    backend.module.adamw(**ours, grad=bits, **how)
+    backend.module.adamw(**theirs, grad=twin.bf16_to_float(bits), **how)
+    for key in args:
+        assert np.array_equal(ours[key], theirs[key]), key
+    assert backend.module.sum_squares(bits) == pytest.approx(twin.sum_squares(twin.bf16_to_float(bits)), rel=1e-12)
+
+
 def test_bf16_moments_move_by_less_than_their_bits(backend):
     """v rises by 1/2000 a step, an eighth of what bf16 can tell apart at 1; its mean arrives all the same."""
     n, steps = 4096, 64
