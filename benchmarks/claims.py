@@ -55,7 +55,7 @@ SIZES = {
               "rates": (2e-3, 5e-3, 1.25e-2), "teacher": {"batch": 64, "lr": 6e-3, "decay": 0.5, "rows": 20000, "steps": 900}},
     "gpu": {"model": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8, "head_dim": 64},
             "text": True, "length": 256, "held_out": 96, "limit": 480, "batch": 32, "steps": (40, 400),
-            "rates": (3e-4, 1e-3, 3e-3), "teacher": {"batch": 64, "lr": 1e-3, "decay": 0.3, "rows": 40000, "steps": 5000}},
+            "rates": (3e-4, 1e-3, 3e-3), "teacher": {"batch": 64, "lr": 3e-3, "decay": 0.3, "rows": 40000, "steps": 2500}},
 }
 SWEEP, SEEDS = 10, (11, 12, 13)
 SINKS = 4  # of the window: its document's first tokens
