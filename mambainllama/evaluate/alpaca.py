@@ -1,6 +1,7 @@
 """AlpacaEval (github.com/tatsu-lab/alpaca_eval): our answers to its 805 instructions, judged and scored by its own library."""
 import collections
 import json
+import logging
 import math
 import os
 import warnings
@@ -35,8 +36,8 @@ def alpaca(model, out, instructions=None, reference=None, judge=JUDGE, judge_mod
     asked = [{"key": row["instruction"], "prompt": question(model, row["instruction"]), "index": i, "temperature": temperature}
              for i, row in enumerate(rows)]
     answers = complete(run, model, asked, max_new_tokens, batch, progress, top_p=top_p, seed=seed)
-    outputs = [{"dataset": row.get("dataset", "alpaca_eval"), "instruction": row["instruction"], "output": answers[row["instruction"]]["text"].strip(),
-                "generator": name} for row in rows]
+    outputs = [{"dataset": row.get("dataset", "alpaca_eval"), "instruction": row["instruction"], "generator": name,
+                "output": answers[row["instruction"]]["text"].strip().replace("\0", "\ufffd")} for row in rows]  # pandas ends a text at NUL
     write_json(run.out / "model_outputs.json", outputs)
     cut = sum(answers[row["instruction"]]["finish"] == "length" for row in rows)
     scores = {"avg_length": sum(len(row["output"]) for row in outputs) / len(outputs)}
@@ -138,16 +139,21 @@ def _judge(run, outputs, reference, judge, judge_model):
     config = _config(package, run.out, judge, judge_model)
     cache = run.out / f"annotations-{Path(judge).name}{'-' + judge_model.replace('/', '_') if judge_model else ''}.cache.json"
     _keep_judged(cache)
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # the library's line a request, and its tracebacks of what is raised below
     try:
         table, annotations = package.evaluate(
             model_outputs=outputs, reference_outputs=reference, annotators_config=config, output_path=None, precomputed_leaderboard=None,
             is_return_instead_of_print=True, fn_metric=_win_rate, sort_by="win_rate", is_cache_leaderboard=False, caching_path=str(cache),
-            annotation_kwargs={"chunksize": 32}, name=run.about["model"])
+            annotation_kwargs={"chunksize": 10},  # it keeps whole chunks
+            name=run.about["model"])
     except openai.OpenAIError as error:
         raise ValueError(f"the judge at {os.environ.get('OPENAI_BASE_URL', 'OpenAI')} cannot be asked: {said(error)}; the answers and what it has judged "
                          "are kept, and the same call goes on") from None
     except Exception as error:  # whatever the library raises for answers that it does not expect
         raise ValueError(f"alpaca_eval stopped: {said(error)}; the answers and what has been judged are kept, and the same call goes on") from None
+    finally:
+        logging.disable(quiet)
     scores, notes = dict(table.iloc[0]), []
     pandas = library("pandas")
     frame = pandas.DataFrame(annotations)
