@@ -248,6 +248,10 @@ def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch, caplog):  # no
     judge.say = say
     reference = [{"instruction": row["instruction"], "output": f"the reference's {i}", "generator": "ref"} for i, row in enumerate(ASKED[:2] + ASKED[3:])]
     how = dict(instructions=ASKED, reference=reference, **ALPACA) | {"judge": "alpaca_eval_gpt4", "judge_model": "own-judge"}
+    for wrong, says in (({"judge": "nobody"}, "no judge 'nobody'"), ({"reference": str(tmp_path / "none")}, "cannot read")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.alpaca(spoken, tmp_path, **how | wrong)
+    assert not (tmp_path / "answers.jsonl").exists()  # it is said before the answers
     results = evaluate.alpaca(spoken, tmp_path, **how)
     assert results["failures"] == 1 and results["judged"] == 2 and any("no length-controlled" in note for note in results["notes"])
     assert 0 <= results["scores"]["win_rate"] <= 100 and results["versions"]["alpaca_eval"].startswith("0.6") and results["judge"].endswith("(own-judge)")

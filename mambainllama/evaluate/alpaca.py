@@ -33,6 +33,9 @@ def alpaca(model, out, instructions=None, reference=None, judge=JUDGE, judge_mod
                 "seed": seed}
     run, rows = Run(out, "alpaca", model, settings, name), rows[:limit]
     name = run.about["model"]
+    if judge is not None:  # what is missing is said before hours of answers
+        against, package = _reference(reference, rows), _package()
+        config = _config(package, run.out, judge, judge_model)
     asked = [{"key": row["instruction"], "prompt": question(model, row["instruction"]), "index": i, "temperature": temperature}
              for i, row in enumerate(rows)]
     answers = complete(run, model, asked, max_new_tokens, batch, progress, top_p=top_p, seed=seed)
@@ -43,8 +46,8 @@ def alpaca(model, out, instructions=None, reference=None, judge=JUDGE, judge_mod
     scores = {"avg_length": sum(len(row["output"]) for row in outputs) / len(outputs)}
     if judge is None:
         return run.finish(scores, {}, cut=cut, notes=notes)
-    against = _reference(reference, rows)
-    annotations, table, told = _judge(run, outputs, against, judge, judge_model)
+    cache = run.out / f"annotations-{Path(judge).name}{'-' + judge_model.replace('/', '_') if judge_model else ''}.cache.json"
+    annotations, table, told = _judge(run, outputs, against, package, config, cache)
     scores |= {key: float(value) for key, value in table.items() if isinstance(value, (int, float)) or hasattr(value, "item")}
     missing = len(outputs) - len([row for row in annotations if _preference(row) is not None])
     if missing:
@@ -123,21 +126,23 @@ def _reference(source, rows):
     return kept
 
 
-def _judge(run, outputs, reference, judge, judge_model):
-    """(annotations, the row of the leaderboard, notes)."""
+def _package():
+    """alpaca_eval."""
     if os.environ.get("OPENAI_BASE_URL"):
         os.environ.setdefault("OPENAI_API_KEY", "none")  # a server of one's own asks for none, but the client insists
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library's own imports
         try:
             library("pkg_resources")
-            package = library("alpaca_eval")
+            return library("alpaca_eval")
         except ValueError as error:
             raise ValueError(f"{error}; alpaca_eval 0.6 needs setuptools<81") from None
+
+
+def _judge(run, outputs, reference, package, config, cache):
+    """(annotations, the row of the leaderboard, notes)."""
     import openai
     run.version("alpaca_eval", "openai")
-    config = _config(package, run.out, judge, judge_model)
-    cache = run.out / f"annotations-{Path(judge).name}{'-' + judge_model.replace('/', '_') if judge_model else ''}.cache.json"
     _keep_judged(cache)
     quiet = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the library's line a request, and its tracebacks of what is raised below
