@@ -28,7 +28,7 @@ class Full(Exception):
     """The queue has no room for a request now; `seconds` is when it may."""
 
     def __init__(self, seconds):
-        super().__init__(f"the queue is full; try again in {seconds} s")
+        super().__init__(f"rate limit: the queue is full; try again in {seconds} s")
         self.seconds = seconds
 
 

@@ -133,7 +133,8 @@ class _Asked:
             room = engine.context - len(ids)
             if room < (1 if limit is None else limit):
                 asked = "" if limit is None else f" and {limit} new ones"
-                raise Refused(400, f"the prompt's {len(ids)} tokens{asked} are more than the context of {engine.context} tokens",
+                raise Refused(400, f"the prompt's {len(ids)} tokens{asked} are more than the context of {engine.context} tokens. "
+                              "Please try again with a different prompt.",  # at these words alpaca_eval goes on with the next
                               "messages" if chat else "prompt", "context_length_exceeded")
             for _ in range(n):
                 request.row(engine, ids, room if limit is None else limit, stops, self.logprobs, self.echo,

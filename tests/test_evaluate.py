@@ -22,7 +22,7 @@ from test_generate import models, spoken  # noqa: F401 (fixtures)
 
 @pytest.fixture
 def judge(monkeypatch):
-    """A server of the OpenAI protocol; .say(messages) -> text, or (status, headers) of a refusal. .asked: the messages of each call."""
+    """A server of the OpenAI protocol; .say(messages) -> text, or (status, headers[, text]) of a refusal. .asked: the messages of each call."""
     state = SimpleNamespace(asked=[], say=lambda messages: "Rating: [[7]]")
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,8 +33,7 @@ def judge(monkeypatch):
             state.asked.append(body["messages"])
             said, status, headers = state.say(body["messages"]), 200, {}
             if isinstance(said, tuple):
-                status, headers = said
-                said = "busy"
+                status, headers, said = (*said, "busy")[:3]
             content = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
                                   "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "choices": [
                                       {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}]}).encode()
@@ -74,10 +73,12 @@ def state_of(folder):
 # ---- the judge ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_busy_judge_is_asked_again(judge):
-    refusals = [(429, {"Retry-After": "0"}), (503, {}), (429, {"Retry-After": "soon"})]
+def test_a_busy_judge_is_asked_again(judge, monkeypatch):
+    refusals, waits = [(429, {"Retry-After": "0"}), (503, {}), (429, {"Retry-After": "soon"}), (429, {"Retry-After": "3"})], []
     judge.say = lambda messages: refusals.pop() if refusals else "yes"
-    assert Judge("j", judge.url, wait=0.01).ask([{"role": "user", "content": "?"}]) == "yes" and len(judge.asked) == 4
+    monkeypatch.setattr("mambainllama.evaluate.judge.time.sleep", waits.append)
+    assert Judge("j", judge.url, wait=1).ask([{"role": "user", "content": "?"}]) == "yes" and len(judge.asked) == 5
+    assert waits == [3, 2, 4, 8]  # as long as it asks for, and longer each time
 
 
 @pytest.mark.parametrize("say, says, calls", [((401, {}), "401", 1), ((404, {}), "404", 1), ((429, {}), "429", 6)])
@@ -86,6 +87,11 @@ def test_a_judge_that_refuses(judge, say, says, calls):
     with pytest.raises(JudgeError, match=f"{judge.url} refuses: {says}"):
         Judge("j", judge.url, wait=0.001).ask([])
     assert len(judge.asked) == calls
+
+
+def test_a_question_that_is_too_long_for_the_judge(judge):
+    judge.say = lambda messages: (400, {}, "the prompt's 99 tokens are more than the context of 64 tokens")
+    assert rating(Judge("j", judge.url).ask([])) == -1 and len(judge.asked) == 1
 
 
 def test_a_judge_that_is_down():
@@ -201,10 +207,10 @@ def test_alpaca_s_outputs(spoken, tmp_path):  # noqa: F811
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
     kept = json.loads(whole[:first])
-    path.write_bytes(json.dumps(kept | {"text": " kept "}).encode() + b"\n" + whole[first:first + 20])
+    path.write_bytes(json.dumps(kept | {"text": " ke\0pt "}).encode() + b"\n" + whole[first:first + 20])
     evaluate.alpaca(spoken, tmp_path / "a", instructions=ASKED, **ALPACA)
     again = {row["instruction"]: row["output"] for row in json.loads((tmp_path / "a" / "model_outputs.json").read_text())}
-    assert again == {row["instruction"]: row["output"] for row in outputs} | {kept["key"]: "kept"}
+    assert again == {row["instruction"]: row["output"] for row in outputs} | {kept["key"]: "ke\ufffdpt"}  # pandas takes texts that differ after NUL for the same
 
 
 def test_another_evaluation_s_folder_is_left_alone(spoken, models, tmp_path):  # noqa: F811
@@ -229,7 +235,7 @@ def test_bad_instructions(spoken, tmp_path, content, says):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch):  # noqa: F811
+def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch, caplog):  # noqa: F811
     pytest.importorskip("alpaca_eval")
     monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -242,6 +248,10 @@ def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch):  # noqa: F811
     judge.say = say
     reference = [{"instruction": row["instruction"], "output": f"the reference's {i}", "generator": "ref"} for i, row in enumerate(ASKED[:2] + ASKED[3:])]
     how = dict(instructions=ASKED, reference=reference, **ALPACA) | {"judge": "alpaca_eval_gpt4", "judge_model": "own-judge"}
+    for wrong, says in (({"judge": "nobody"}, "no judge 'nobody'"), ({"reference": str(tmp_path / "none")}, "cannot read")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.alpaca(spoken, tmp_path, **how | wrong)
+    assert not (tmp_path / "answers.jsonl").exists()  # it is said before the answers
     results = evaluate.alpaca(spoken, tmp_path, **how)
     assert results["failures"] == 1 and results["judged"] == 2 and any("no length-controlled" in note for note in results["notes"])
     assert 0 <= results["scores"]["win_rate"] <= 100 and results["versions"]["alpaca_eval"].startswith("0.6") and results["judge"].endswith("(own-judge)")
@@ -251,7 +261,7 @@ def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch):  # noqa: F811
     assert again["failures"] == 0 and len(judge.asked) == asked + 21  # the one without a judgment
     cache, = tmp_path.glob("*.cache.json")  # the library writes it in place: torn, its whole rows are kept
     text = cache.read_text()
-    cache.write_text(text[:text.rindex("{") + 40])
+    cache.write_text(text[:text.rindex('"output_1"')])
     assert evaluate.alpaca(spoken, tmp_path, **how)["scores"] == again["scores"] and len(judge.asked) == asked + 22
     rows = json.loads((tmp_path / "annotations.json").read_text())
     assert len(rows) == 3 and again["scores"]["win_rate"] == pytest.approx(np.mean(list(wins(rows)["win_rate"].values())))
@@ -264,8 +274,10 @@ def test_alpaca_eval_judges(spoken, tmp_path, judge, monkeypatch):  # noqa: F811
     assert nothing["failures"] == 3 and nothing["scores"]["win_rate"] is None
     evaluate.report([tmp_path], tmp_path / "page.html")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    caplog.clear()
     with pytest.raises(ValueError, match="127.0.0.1:9/v1 cannot be asked: Connection error.*the same call goes on"):
         evaluate.alpaca(spoken, tmp_path, **how | {"judge_model": "another"})
+    assert not caplog.records  # the library's tracebacks
 
 
 # ---- likelihoods -------------------------------------------------------------------------------------------------------------------
@@ -310,8 +322,13 @@ def tasks(tmp_path_factory):
     for name, kind, text, target, metric, more in (
             ("own_choice", "multiple_choice", "{{question}}", "{{answer}}", "acc", 'doc_to_choice: "{{choices}}"\n'),
             ("own_text", "loglikelihood_rolling", "", "{{text}}", "word_perplexity", ""),
-            ("own_words", "generate_until", "{{question}}", "{{right}}", "exact_match", 'generation_kwargs: {until: ["e"], max_gen_toks: 12}\n')):
+            ("own_words", "generate_until", "{{question}}", "{{right}}", "exact_match", 'generation_kwargs: {until: ["e"], max_gen_toks: 12}\n'
+             "filter_list: [{name: whole, filter: [{function: take_first}]}, {name: lower, filter: [{function: lowercase}, {function: take_first}]}]\n")):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, text=text, target=target, metric=metric, more=more, path=folder / "items.jsonl"))
+    (folder / "scripted").mkdir()
+    (folder / "scripted" / "scripted.py").write_text("")
+    (folder / "own_script.yaml").write_text((folder / "own_choice.yaml").read_text().replace("own_choice", "own_script").replace(
+        "dataset_path: json", f"dataset_path: {folder / 'scripted'}").replace("dataset_kwargs", "metadata"))
     return folder
 
 
@@ -319,7 +336,7 @@ def tasks(tmp_path_factory):
 def test_lm_eval(spoken, tasks, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    names = ["own_choice", "own_text", "own_words"]
+    names = ["own_script", "own_choice", "own_text", "own_words"]
     results = evaluate.lm(spoken, tmp_path / "a", names, include=str(tasks), shots=0)
     items = json.loads((tmp_path / "a" / "items.json").read_text())["own_choice 0-shot acc"]
     right = []
@@ -329,9 +346,13 @@ def test_lm_eval(spoken, tasks, tmp_path, monkeypatch):  # noqa: F811
         right.append(float(np.argmax([value for value, _ in evaluate.log_likelihoods(spoken, pairs)]) == item["answer"]))
     assert list(items.values()) == right and results["scores"]["own_choice 0-shot acc"] == pytest.approx(np.mean(right))
     assert "own_text 0-shot word_perplexity" in results["scores"] and results["versions"]["lm_eval"]
+    assert {f"own_words 0-shot exact_match ({name})" for name in ("whole", "lower")} < set(results["scores"])
+    assert len(results["notes"]) == 1 and "own_script is left out" in results["notes"][0]  # a data set that is a script, as pubmedqa's
     with monkeypatch.context() as patch:  # again: from what is kept
         patch.setattr(type(spoken), "logits", None)
         evaluate.lm(spoken, tmp_path / "a", names, include=str(tasks), shots=0)
+    with pytest.raises(ValueError, match="own_script is left out"):
+        evaluate.lm(spoken, tmp_path / "c", names[:1], include=str(tasks), shots=0)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no task nothing"):
         patch.setattr("lm_eval.tasks.TaskManager", lambda **how: SimpleNamespace(all_tasks=[]))  # its own takes some ten seconds
         evaluate.lm(spoken, tmp_path / "b", ["nothing"])

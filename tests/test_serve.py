@@ -303,6 +303,9 @@ def test_a_key_and_a_full_queue(spoken, monkeypatch):  # noqa: F811
         with pytest.raises(openai.RateLimitError) as refused:
             client.completions.create(model="x", prompt=[1], max_tokens=3)
         assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert "rate limit" in str(refused.value)  # by these words, and those below, alpaca_eval knows that it may wait or must go on
+        with pytest.raises(openai.BadRequestError, match="more than the context of .* Please try again with a different prompt."):
+            client.completions.create(model="x", prompt=[1], max_tokens=1 << 20)
         hold.set()
         for stream in streams:
             stream.join()

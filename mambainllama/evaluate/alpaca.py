@@ -1,6 +1,7 @@
 """AlpacaEval (github.com/tatsu-lab/alpaca_eval): our answers to its 805 instructions, judged and scored by its own library."""
 import collections
 import json
+import logging
 import math
 import os
 import warnings
@@ -32,18 +33,21 @@ def alpaca(model, out, instructions=None, reference=None, judge=JUDGE, judge_mod
                 "seed": seed}
     run, rows = Run(out, "alpaca", model, settings, name), rows[:limit]
     name = run.about["model"]
+    if judge is not None:  # what is missing is said before hours of answers
+        against, package = _reference(reference, rows), _package()
+        config = _config(package, run.out, judge, judge_model)
     asked = [{"key": row["instruction"], "prompt": question(model, row["instruction"]), "index": i, "temperature": temperature}
              for i, row in enumerate(rows)]
     answers = complete(run, model, asked, max_new_tokens, batch, progress, top_p=top_p, seed=seed)
-    outputs = [{"dataset": row.get("dataset", "alpaca_eval"), "instruction": row["instruction"], "output": answers[row["instruction"]]["text"].strip(),
-                "generator": name} for row in rows]
+    outputs = [{"dataset": row.get("dataset", "alpaca_eval"), "instruction": row["instruction"], "generator": name,
+                "output": answers[row["instruction"]]["text"].strip().replace("\0", "\ufffd")} for row in rows]  # pandas ends a text at NUL
     write_json(run.out / "model_outputs.json", outputs)
     cut = sum(answers[row["instruction"]]["finish"] == "length" for row in rows)
     scores = {"avg_length": sum(len(row["output"]) for row in outputs) / len(outputs)}
     if judge is None:
         return run.finish(scores, {}, cut=cut, notes=notes)
-    against = _reference(reference, rows)
-    annotations, table, told = _judge(run, outputs, against, judge, judge_model)
+    cache = run.out / f"annotations-{Path(judge).name}{'-' + judge_model.replace('/', '_') if judge_model else ''}.cache.json"
+    annotations, table, told = _judge(run, outputs, against, package, config, cache)
     scores |= {key: float(value) for key, value in table.items() if isinstance(value, (int, float)) or hasattr(value, "item")}
     missing = len(outputs) - len([row for row in annotations if _preference(row) is not None])
     if missing:
@@ -122,32 +126,39 @@ def _reference(source, rows):
     return kept
 
 
-def _judge(run, outputs, reference, judge, judge_model):
-    """(annotations, the row of the leaderboard, notes)."""
+def _package():
+    """alpaca_eval."""
     if os.environ.get("OPENAI_BASE_URL"):
         os.environ.setdefault("OPENAI_API_KEY", "none")  # a server of one's own asks for none, but the client insists
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library's own imports
         try:
             library("pkg_resources")
-            package = library("alpaca_eval")
+            return library("alpaca_eval")
         except ValueError as error:
             raise ValueError(f"{error}; alpaca_eval 0.6 needs setuptools<81") from None
+
+
+def _judge(run, outputs, reference, package, config, cache):
+    """(annotations, the row of the leaderboard, notes)."""
     import openai
     run.version("alpaca_eval", "openai")
-    config = _config(package, run.out, judge, judge_model)
-    cache = run.out / f"annotations-{Path(judge).name}{'-' + judge_model.replace('/', '_') if judge_model else ''}.cache.json"
     _keep_judged(cache)
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # the library's line a request, and its tracebacks of what is raised below
     try:
         table, annotations = package.evaluate(
             model_outputs=outputs, reference_outputs=reference, annotators_config=config, output_path=None, precomputed_leaderboard=None,
             is_return_instead_of_print=True, fn_metric=_win_rate, sort_by="win_rate", is_cache_leaderboard=False, caching_path=str(cache),
-            annotation_kwargs={"chunksize": 32}, name=run.about["model"])
+            annotation_kwargs={"chunksize": 10},  # it keeps whole chunks
+            name=run.about["model"])
     except openai.OpenAIError as error:
         raise ValueError(f"the judge at {os.environ.get('OPENAI_BASE_URL', 'OpenAI')} cannot be asked: {said(error)}; the answers and what it has judged "
                          "are kept, and the same call goes on") from None
     except Exception as error:  # whatever the library raises for answers that it does not expect
         raise ValueError(f"alpaca_eval stopped: {said(error)}; the answers and what has been judged are kept, and the same call goes on") from None
+    finally:
+        logging.disable(quiet)
     scores, notes = dict(table.iloc[0]), []
     pandas = library("pandas")
     frame = pandas.DataFrame(annotations)

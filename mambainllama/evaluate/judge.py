@@ -10,6 +10,7 @@ from ..config import said
 from .run import bar
 
 TRIES, WAIT = 6, 2.0  # of a question that is refused for now; seconds before the second, doubled each time
+FAILED = "$ERROR$"  # FastChat's judgment of a question that was not judged
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -25,7 +26,8 @@ class Judge:
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
 
     def ask(self, messages, temperature=0.0, max_tokens=2048):
-        """The answer's text. It waits and asks again while the judge is busy (Retry-After is heeded). JudgeError, one sentence."""
+        """The answer's text; FAILED where the question is longer than the judge reads. It waits and asks again while the judge is busy, at least as
+        long as Retry-After says. JudgeError, one sentence."""
         body = json.dumps({"model": self.name, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
         for attempt in range(TRIES):
@@ -38,8 +40,10 @@ class Judge:
             except urllib.error.HTTPError as error:
                 if error.code not in BUSY or last:
                     detail = " ".join(error.read(300).decode(errors="replace").split())
+                    if error.code in (400, 413) and "context" in detail:
+                        return FAILED
                     raise JudgeError(f"the judge at {self.url} refuses: {error.code} {error.reason} {detail}".rstrip()) from None
-                wait = _seconds(error.headers.get("Retry-After"), self.wait * 2**attempt)
+                wait = max(self.wait * 2**attempt, _seconds(error.headers.get("Retry-After")))
             except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, or no JSON of the protocol
                 if last or isinstance(getattr(error, "reason", None), ConnectionRefusedError):
                     raise JudgeError(f"the judge at {self.url} cannot be asked: {said(getattr(error, 'reason', None) or error)}") from None
@@ -71,8 +75,8 @@ class Judge:
             raise JudgeError(f"{failed[0]}; what it has judged is kept, and the same call goes on")
 
 
-def _seconds(text, otherwise):
+def _seconds(text):
     try:
-        return max(float(text), 0.0)
-    except (TypeError, ValueError):
-        return otherwise
+        return float(text)
+    except (TypeError, ValueError):  # absent, or a date
+        return 0.0

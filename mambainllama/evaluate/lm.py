@@ -1,6 +1,7 @@
 """lm-evaluation-harness on our models: `lm` runs its tasks, `harness_model` is its view of a model, `log_likelihoods` what computes them."""
 import numpy as np
 
+from ..config import said
 from ..generate import generate, part_size
 from ..model import State
 from .run import Run, bar, library
@@ -21,8 +22,8 @@ def lm(model, out, tasks=None, suite=None, shots=None, limit=None, chat=False, b
     chat       questions and examples go through the chat template
     batch      contexts side by side; changes no number but by rounding
     include    a folder of tasks of one's own, in the library's YAML
-    Requests that were answered are kept in out/requests*.db: called again, only the others are. ValueError: an unknown task or suite, lm_eval
-    missing."""
+    Requests that were answered are kept in out/requests*.db: called again, only the others are. "notes" names tasks whose data cannot be had.
+    ValueError: an unknown task or suite, lm_eval missing, a hub that cannot be reached."""
     if (tasks is None) == (suite is None):
         raise ValueError("lm: give tasks or a suite")
     if suite is not None and suite not in SUITES:
@@ -35,29 +36,40 @@ def lm(model, out, tasks=None, suite=None, shots=None, limit=None, chat=False, b
     run = Run(out, "lm", model, settings, name)
     run.version("lm_eval")
     evaluator, adapter = library("lm_eval.evaluator"), harness_model(model, batch, max_length, progress)
-    scores, errors, items, tables = {}, {}, {}, {}
-    for n, names in plan.items():
+    scores, errors, items, tables, notes = {}, {}, {}, {}, []
+    for n, task in [(n, task) for n, names in plan.items() for task in names]:  # one at a time: what cannot be loaded stops no other
         try:
-            found = evaluator.simple_evaluate(model=adapter, tasks=names, num_fewshot=n, limit=limit, apply_chat_template=chat, task_manager=manager,
+            found = evaluator.simple_evaluate(model=adapter, tasks=[task], num_fewshot=n, limit=limit, apply_chat_template=chat, task_manager=manager,
                                               use_cache=str(run.out / "requests"), log_samples=True, fewshot_as_multiturn=chat)
-        except (ConnectionError, FileNotFoundError) as error:  # the hub
-            raise ValueError(f"lm: the data of {', '.join(names)} cannot be loaded ({' '.join(str(error).split())}); what was computed is kept, and "
-                             "the same call goes on") from None
+        except ConnectionError as error:  # the hub
+            raise ValueError(f"lm: the data of {task} cannot be loaded ({said(error)}); what was computed is kept, and the same call goes on") from None
+        except (FileNotFoundError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "Dataset scripts" not in str(error):  # which datasets 4 no longer runs
+                raise
+            notes.append(f"{task} is left out, since its data cannot be loaded ({said(error)})")
+            continue
         end = "" if n is None else f" {n}-shot"
-        tables["own" if n is None else str(n)] = found["results"]
-        for task, table in found["results"].items():
+        tables.setdefault("own" if n is None else str(n), {}).update(found["results"])
+        for name, table in found["results"].items():
             for key, value in table.items():
-                metric, _, kind = key.partition(",")
-                if not isinstance(value, (int, float, np.floating)) or not kind:
+                metric, _, kept = key.partition(",")
+                if not isinstance(value, (int, float, np.floating)) or not kept:
                     continue
                 place, metric = (errors, metric.removesuffix("_stderr")) if metric.endswith("_stderr") else (scores, metric)
-                place[f"{task}{end} {metric}"] = float(value)
-        for task, samples in found["samples"].items():
+                place[f"{name}{end} {metric}{_filter(kept)}"] = float(value)
+        for name, samples in found["samples"].items():
             for sample in samples:
                 for metric in sample.get("metrics", ()):
                     if isinstance(sample.get(metric), (int, float, bool, np.number)):
-                        items.setdefault(f"{task}{end} {metric}", {})[str(sample["doc_id"])] = float(sample[metric])
-    return run.finish(scores, items, errors=errors, limit=limit, lm_eval=tables)
+                        items.setdefault(f"{name}{end} {metric}{_filter(sample.get('filter', 'none'))}", {})[str(sample["doc_id"])] = float(sample[metric])
+    if not tables:
+        raise ValueError(f"lm: {'; '.join(notes)}")
+    return run.finish(scores, items, errors=errors, limit=limit, lm_eval=tables, notes=notes)
+
+
+def _filter(name):
+    """What a metric's name ends with: a task may have several filters of answers, such as gsm8k's strict-match and flexible-extract."""
+    return "" if name == "none" else f" ({name})"
 
 
 def _manager(tasks, include):
