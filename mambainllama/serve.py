@@ -1,8 +1,10 @@
 """`mambainllama serve`: the engine behind OpenAI's HTTP interface. Starlette and uvicorn (extra `serve`) carry it; requests are read and
 answers written here, and all else is engine.py.
 
-A parameter that we have no way to obey is refused when it asks for something; those that ask for nothing (user, store …) are ignored."""
+A parameter that we have no way to obey, or do not know, is refused when it asks for something; those that do not change an answer (user,
+store …) are ignored."""
 import asyncio
+import difflib
 import hmac
 import json
 import math
@@ -36,6 +38,9 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)  
 UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
                "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "suffix": ("",),
                "best_of": (1,), "modalities": (["text"],)}
+# what changes no answer
+IGNORED = ("model", "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+           "prediction", "parallel_tool_calls")
 
 
 class Refused(Exception):
@@ -44,7 +49,8 @@ class Refused(Exception):
     def __init__(self, status, message, param=None, code=None, headers=None):
         super().__init__(message)
         kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
-        self.error = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        text = lambda s: s and s.encode("utf-8", "replace").decode()  # a request may hold half a character
+        self.error = {"error": {"message": text(message), "type": kind, "param": text(param), "code": code}}
         self.status, self.headers = status, headers
 
     def response(self):
@@ -55,13 +61,21 @@ class Refused(Exception):
 
 
 class _Body(dict):
-    """A request's JSON object; null is absent."""
+    """A request's JSON object; null is absent.  known: the names that were asked for, and those that need not be."""
+
+    def __init__(self, body):
+        super().__init__(body)
+        self.known = {*IGNORED, *UNSUPPORTED}
+
+    def get(self, name):
+        self.known.add(name)
+        return super().get(name)
 
     def number(self, name, default, low, high, whole=False, above=False):
         value = self.get(name)
         if value is None:
             return default
-        good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not good or not low <= value <= high or above and value == low:
             ends = f"above {low:g} and at most {high:g}" if above else f"{low} or more" if high == math.inf else f"from {low} to {high}"
             raise Refused(400, f"{name} must be {'an integer' if whole else 'a number'} {ends}, not {_show(value)}", name)
@@ -69,7 +83,7 @@ class _Body(dict):
 
     def flag(self, name):
         value = self.get(name)
-        if value not in (None, True, False):
+        if value is not None and not isinstance(value, bool):
             raise Refused(400, f"{name} must be true or false, not {_show(value)}", name)
         return bool(value)
 
@@ -79,6 +93,13 @@ class _Body(dict):
         if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
             raise Refused(400, f"stop must be a non-empty string or a list of these, not {_show(value)}", "stop")
         return stops
+
+    def unknown(self):
+        """Refuses the first name that nobody asked for and whose value asks for something."""
+        for name, value in self.items():
+            if value and name not in self.known:
+                near = difflib.get_close_matches(name, self.known, 1, 0.8)
+                raise Refused(400, f"{_show(name)} is no parameter here" + (f"; did you mean {near[0]!r}?" if near else ""), name)
 
 
 def _show(value):
@@ -125,15 +146,16 @@ class _Asked:
                   "top_k": max(top_k, 0), "min_p": body.number("min_p", 0.0, 0, 1)}
         seed = body.number("seed", None, -(1 << 63), (1 << 64) - 1, whole=True)
         seed = secrets.randbelow(SEEDS) if seed is None else seed % SEEDS
-        name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-        limit = body.number(name, None if chat else 16, 0, math.inf, whole=True)
+        limit = body.number("max_tokens", None if chat else 16, 0, math.inf, whole=True)
+        limit = body.number("max_completion_tokens", limit, 0, math.inf, whole=True)
+        body.unknown()
         if len(self.prompts) * n > engine.queue:
             raise Refused(400, f"{len(self.prompts) * n} continuations in one request are more than the {engine.queue} that may wait", "n")
         for text, ids in self.prompts:
             room = engine.context - len(ids)
             if room < (1 if limit is None else limit):
-                asked = "" if limit is None else f" and {limit} new ones"
-                raise Refused(400, f"the prompt's {len(ids)} tokens{asked} are more than the context of {engine.context} tokens. "
+                asked = "" if limit is None else f" and {_show(limit)} new ones"
+                raise Refused(400, f"the prompt's {len(ids)} tokens{asked} are more than the context of {engine.context} tokens: "
                               "Please try again with a different prompt.",  # at these words alpaca_eval goes on with the next
                               "messages" if chat else "prompt", "context_length_exceeded")
             for _ in range(n):
@@ -214,7 +236,10 @@ class _Choice:
         text, ids = self.asked.prompts[self.asked.of[self.row.place]]
         if text is None and self.asked.tokenizer:
             text = self.asked.tokenizer.decode(ids, skip_special_tokens=False)
-        return text or "", self._completion_logprobs(ids, [None, *self.row.echoed]) if self.likely else None
+        logprobs = self._completion_logprobs(ids, [None, *self.row.echoed], text or "") if self.likely else None
+        if self.stream:  # the answer's text is made of its own tokens
+            self.stream, self.offset = self.asked.tokenizer.stream(), len(text)
+        return text or "", logprobs
 
     def news(self, last):
         """(token ids, logprobs) since it was asked before."""
@@ -233,7 +258,9 @@ class _Choice:
         return {"content": [{**_token(tell, token, found[token]), "top_logprobs": [_token(tell, *pair) for pair in list(found.items())[:k]]}
                             for token, found in zip(tokens, likely)], "refusal": None}
 
-    def _completion_logprobs(self, tokens, likely):
+    def _completion_logprobs(self, tokens, likely, text=None):
+        """text: the one that the tokens are of, which may show special tokens, and may not: one that begins a prompt was added to it."""
+        shown = self.asked.tokenizer.stream(skip_special_tokens=False) if text and self.stream else None
         parts = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, found in zip(tokens, likely):
             parts["tokens"].append(_piece_of(self.asked.tokenizer, token)[0])
@@ -243,7 +270,10 @@ class _Choice:
                 top.setdefault(_piece_of(self.asked.tokenizer, id)[0], value)  # of tokens that read the same, the likeliest
             parts["top_logprobs"].append(top)
             parts["text_offset"].append(self.offset)
-            self.offset += len(self.stream.push(token)) if self.stream else 0
+            piece = self.stream.push(token) if self.stream else ""
+            if shown and text.startswith(whole := shown.push(token), self.offset):
+                piece = whole
+            self.offset += len(piece)
         return parts
 
 
@@ -263,12 +293,13 @@ class Api:
                     route("/v1/models/{name:path}", self.model, "GET"), route("/v1/completions", self.completions, "POST"),
                     route("/v1/chat/completions", self.chat, "POST")],
             exception_handlers={
-                HTTPException: lambda request, e: Refused(e.status_code, f"{request.method} {request.url.path}: {e.detail}").response(),
+                HTTPException: lambda request, e: Refused(
+                    e.status_code, f"{request.method} {request.url.path}: {e.detail}", headers=e.headers).response(),
                 Exception: lambda request, e: Refused(500, f"the server failed: {said(e)}").response()})
 
     def _guarded(self, call):
         async def guarded(request):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it came
             try:
                 if self.key and not hmac.compare_digest(given, self.key.encode()):
                     raise Refused(401, "this server needs its API key: Authorization: Bearer KEY", code="invalid_api_key")
@@ -341,19 +372,24 @@ class Api:
                              "choices": [_whole(asked, row) for row in request.rows], "usage": asked.usage()})
 
     async def _news(self, queue, request, began, gone):
-        """(row, text) until every row has ended; raises what the engine met, and ClientDisconnect."""
+        """Lists of (row, text), each of all that is there, until every row has ended; raises what the engine met, and ClientDisconnect."""
         first, rows = request.live, len(request.rows)
         try:
             while rows:
                 news = await queue.get()
                 if isinstance(news, Exception):
                     raise news
+                while not queue.empty():  # so that the loop sees between two writes whether the client is still there
+                    more = queue.get_nowait()
+                    if isinstance(more, Exception):
+                        queue.put_nowait(more)
+                        break
+                    news += more
                 if first:
                     self.first.add(time.perf_counter() - began)
                     first = False
-                for row, text in news:
-                    rows -= text is None
-                    yield row, text
+                rows -= sum(text is None for _, text in news)
+                yield news
             self.seconds.add(time.perf_counter() - began)
         finally:
             gone.cancel()
@@ -366,20 +402,24 @@ class Api:
         event = lambda content: f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
         told = [_Choice(asked, row) for row in asked.request.rows]
         begun = set()
+
+        def events(row, text):
+            choice = told[row.place]
+            if row.place not in begun:
+                begun.add(row.place)
+                if asked.chat:
+                    yield _piece(asked, row, {"role": "assistant", "content": ""})
+                elif asked.echo:
+                    yield _piece(asked, row, *choice.head())
+            tokens, logprobs = choice.news(last=text is None)
+            shown = {"token_ids": tokens} if asked.token_ids else {}
+            finish = row.out.finish if text is None else None
+            delta = {"content": text} if asked.chat and text else {} if asked.chat else text or ""
+            yield _piece(asked, row, delta, logprobs if tokens else None, finish) | shown
+
         try:
-            async for row, text in news:
-                choice = told[row.place]
-                if row.place not in begun:
-                    begun.add(row.place)
-                    if asked.chat:
-                        yield event({**head, "choices": [_piece(asked, row, {"role": "assistant", "content": ""})]})
-                    elif asked.echo:
-                        yield event({**head, "choices": [_piece(asked, row, *choice.head())]})
-                tokens, logprobs = choice.news(last=text is None)
-                shown = {"token_ids": tokens} if asked.token_ids else {}
-                finish = row.out.finish if text is None else None
-                delta = {"content": text} if asked.chat and text else {} if asked.chat else text or ""
-                yield event({**head, "choices": [_piece(asked, row, delta, logprobs if tokens else None, finish) | shown]})
+            async for found in news:
+                yield b"".join(event({**head, "choices": [piece]}) for row, text in found for piece in events(row, text))
         except ClientDisconnect:
             return
         except Exception as error:

@@ -99,9 +99,9 @@ class Tokenizer:
             return text, bytes([int(name[3:5], 16)])
         return text, bytes(map(BYTES.get, name)) if all(letter in BYTES for letter in name) else None
 
-    def stream(self):
+    def stream(self, skip_special_tokens=True):
         """A Stream: text of ids that come one at a time."""
-        return Stream(self)
+        return Stream(self, skip_special_tokens)
 
     def render(self, messages, add_generation_prompt=True, **kwargs):
         """The text of a chat [{"role", "content"}, …] by the folder's template; kwargs are variables of the template (tools …).
@@ -194,8 +194,8 @@ def _inside(spans, text, offsets):
 class Stream:
     """Decodes ids one by one: the pieces joined are the text of all. A piece never ends within a character."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, skip_special_tokens=True):
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.ids, self.given = [], 0  # the ids of the last piece, which show how the next one reads, and those since
 
     def push(self, id):
@@ -208,7 +208,7 @@ class Stream:
         return self._piece(last=True)
 
     def _piece(self, last):
-        before, text = self.tokenizer.decode(self.ids[: self.given]), self.tokenizer.decode(self.ids)
+        before, text = (self.tokenizer.decode(ids, self.skip) for ids in (self.ids[: self.given], self.ids))
         if len(text) <= len(before) or text.endswith("\ufffd") and not last:
             return ""
         del self.ids[: self.given]

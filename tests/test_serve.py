@@ -3,6 +3,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,6 +162,18 @@ def test_echo_tells_the_prompts_log_probabilities(served):
                           .removeprefix("data: ").split("\n\n")[0])["choices"][0]["text"] == "abc"
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_offsets_are_those_of_a_text_with_special_tokens(served, as_ids):
+    client, _, model = served
+    text = "<s>a<end> größe<end>"
+    ids = model.tokenizer.encode(text)
+    prompt = ids if as_ids else text
+    choice = client.completions.create(model="any", prompt=prompt, max_tokens=3, echo=True, logprobs=0, temperature=0).choices[0]
+    offsets, tokens = choice.logprobs.text_offset, choice.logprobs.tokens
+    assert choice.text.startswith(text) and offsets[:4] == [0, 3, 4, 9] and offsets[len(ids)] == len(text)
+    assert all(text[offset:].startswith(token) or token == "\ufffd" for offset, token in zip(offsets, tokens[:len(ids)]))
+
+
 def test_scores_as_lm_evaluation_harness_reads_them(served):
     """Its local-completions: the tokens of context and continuation, one more generated, echo; against log_likelihoods in process."""
     client, _, model = served
@@ -254,7 +267,9 @@ BAD = [
     ({"prompt": [1] * 513}, "prompt"), ({"prompt": [1], "max_tokens": 600}, "prompt"),
     *(({"prompt": [1], name: value}, name) for name, value in [
         ("n", 0), ("n", 5000), ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("stop", [""]), ("logprobs", -1), ("stream", "yes"),
-        ("seed", 1.5), ("presence_penalty", 1), ("logit_bias", {"5": 1})]),
+        ("seed", 1.5), ("presence_penalty", 1), ("logit_bias", {"5": 1}),
+        ("stream", 1), ("echo", 1), ("temprature", 0.1), ("ignore_eos", True), ("top_logprobs", 2)]),
+    ({"prompt": [1], "max_tokens": 10**400}, "prompt"), ({"prompt": [1], "\ud800": 1}, "?"),
 ]
 
 
@@ -265,13 +280,20 @@ def test_what_is_refused(served, body, param):
     assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error") and "\n" not in error["message"]
 
 
+def test_what_asks_for_nothing(served):
+    body = {"prompt": [1], "max_tokens": 1, "user": "me", "store": True, "ignore_eos": False, "min_tokens": 0, "best_of": 1, "tools": None}
+    assert raw(served[0], "POST", "/v1/completions", body)[0] == 200
+
+
 def test_requests_that_are_none(served):
     for body in ("{", "[1]", "\xff", "[" * 100000):
         status, _, text = raw(served[0], "POST", "/v1/chat/completions", body.encode("latin-1"))
         assert status == 400 and json.loads(text)["error"]["message"]
     for messages in ([], "hi", [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}]):
         assert raw(served[0], "POST", "/v1/chat/completions", {"messages": messages})[0] == 400
-    assert raw(served[0], "GET", "/v1/nowhere")[0] == 404 and raw(served[0], "GET", "/v1/completions")[0] == 405
+    assert raw(served[0], "GET", "/v1/nowhere")[0] == 404
+    status, headers, _ = raw(served[0], "GET", "/v1/completions")
+    assert status == 405 and headers["allow"] == "POST"
     with pytest.raises(openai.NotFoundError):
         served[0].models.retrieve("gpt-5")
 
@@ -281,6 +303,7 @@ def test_pages_and_models(served):
     assert [m.id for m in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
     status, headers, text = raw(client, "GET", "/")
     assert status == 200 and headers["content-type"].startswith("text/html") and "v1/chat/completions" in text and "viewport" in text
+    assert re.findall(r"(?:src|href)=\"([^\"]*)\"", text) == ["data:,"] and "http" not in text  # all that it needs is in it
     assert json.loads(raw(client, "GET", "/health")[2]) == {"status": "ok", "model": "tiny"}
     parts = [{"role": "user", "content": [{"type": "text", "text": "grö"}, {"type": "text", "text": "ßer?"}]}]
     one, two = (client.chat.completions.create(model="x", messages=m, max_tokens=5, temperature=0).choices[0] for m in (parts, CHAT))
@@ -310,6 +333,28 @@ def test_a_key_and_a_full_queue(spoken, monkeypatch):  # noqa: F811
         for stream in streams:
             stream.join()
         assert client.completions.create(model="x", prompt=[1], max_tokens=3).choices[0].finish_reason
+
+
+def test_a_key_in_any_script(spoken):  # noqa: F811
+    with serving(spoken, api_key="ключ", rows=1) as (client, _):
+        for key, status in (("ключ", 200), ("Ключ", 401)):
+            assert raw(client, "GET", "/v1/models", headers={"Authorization": f"Bearer {key}".encode()})[0] == status
+
+
+def test_what_came_meanwhile_is_told_at_once(served):
+    """A write an event would not let the loop see, between them, that the client is gone."""
+    _, engine, model = served
+    async def heard(*news):
+        request, queue, found = serve.Request(print), asyncio.Queue(), []
+        request.rows = [row := object()]
+        for text in news:
+            queue.put_nowait(text if isinstance(text, Exception) else [(row, text)])
+        with suppress(ZeroDivisionError):
+            async for some in serve.Api(engine, "x")._news(queue, request, 0, asyncio.get_running_loop().create_future()):
+                found.append([text for _, text in some])
+        return found
+    assert asyncio.run(heard("a", "b", None)) == [["a", "b", None]]
+    assert asyncio.run(heard("a", "b", ZeroDivisionError())) == [["a", "b"]]
 
 
 def test_a_model_that_fails_fails_what_it_had_alone(spoken, monkeypatch):  # noqa: F811
