@@ -80,6 +80,7 @@ typedef struct {
   size_t window, sinks, T, H, G, P, K;
   size_t rep, wide;             /* H/G; P in whole vectors */
   size_t tokens, groups, tiles; /* of a tile, at most; of a tile, at most; tiles of a row's tokens */
+  int few;                      /* few tokens on caches, heads of whole vectors: keys are read where they are */
   int tree;                     /* some token follows another than the one before it */
   Seen *seen;                   /* (B,T) */
   float *scratch;
@@ -207,12 +208,40 @@ static void softmax_row(float *restrict s, float *restrict o, float *top, float 
   *top = m;
 }
 
+/* s (R,KEYS) = q (R,P) with each of the keys of depths e .. e+n: a lane's products in order of p, then the lanes. */
+static void score(float *s, const Attention *a, const Keys *keys, const float *q, size_t R, size_t e, size_t n) {
+  const size_t P = a->P;
+  const real *key[KEYS];
+  for (size_t j = 0, m; j < n; j += m) {
+    m = n - j;
+    const real *from = run_of(a, keys, a->kcache, a->k, e + j, &m);
+    for (size_t i = 0; i < m; i++) key[j + i] = from + i * a->G * P;
+  }
+  for (size_t j = n; j < whole_vectors(n); j++) key[j] = key[0]; /* hidden */
+  for (size_t j = 0; j < n; j += LANES)
+    for (size_t r = 0; r < R; r++) {
+      vec sum[LANES] = {0};
+      for (size_t p = 0; p < P; p += LANES) {
+        const vec x = vec_load(q + r * P + p);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) sum[i] += x * vec_load(key[j + i] + p);
+      }
+      vec_store(s + r * KEYS + j, sum_lanes(sum));
+    }
+}
+
 /* Rows r .. r+R meet the keys of depths e .. min(e+KEYS, high). */
 static void attend_block(const Attention *a, const Tile *u, const Keys *keys, size_t r, size_t R, size_t e, size_t high) {
   const size_t P = a->P, wide = a->wide, count = min(KEYS, high - e);
-  load_columns(u->k, a, keys, a->kcache, a->k, e, count);
-  load_rows(u->v, a, keys, a->vcache, a->v, e, count);
-  gemm(u->s, KEYS, u->q + r * P, P, 1, u->k, KEYS, R, whole_vectors(count), P, 0);
+  size_t run = count, pitch = a->G * P;
+  const float *v = run_of(a, keys, a->vcache, a->v, e, &run);
+  if (run < count || P < wide) load_rows(u->v, a, keys, a->vcache, a->v, e, count), v = u->v, pitch = wide;
+  if (a->few) {
+    score(u->s, a, keys, u->q + r * P, R, e, count);
+  } else {
+    load_columns(u->k, a, keys, a->kcache, a->k, e, count);
+    gemm(u->s, KEYS, u->q + r * P, P, 1, u->k, KEYS, R, whole_vectors(count), P, 0);
+  }
   for (size_t i = 0; i < R; i++) {
     const Part part = part_of(a, a->seen + u->b * a->T + u->t + (r + i) / a->rep % u->n, e, count);
     if (is_empty(&part))
@@ -220,7 +249,7 @@ static void attend_block(const Attention *a, const Tile *u, const Keys *keys, si
     else
       softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, &part, wide);
   }
-  gemm(u->o + r * wide, wide, u->s, KEYS, 1, u->v, wide, R, wide, count, 1);
+  gemm(u->o + r * wide, wide, u->s, KEYS, 1, v, pitch, R, wide, count, 1);
 }
 
 /* A chain's keys serve all rows of a group. A tree's serve them up to the last block that lies in the cache whole; from there
@@ -313,6 +342,7 @@ void attention_forward(real *o, float *lse, real *kcache, real *vcache, real *q,
   a.tiles = (T + a.tokens - 1) / a.tokens;
   a.groups = a.tiles == 1 ? min(G, max(1, ROWS / (a.tokens * a.rep))) : 1;
   for (size_t i = 0; kcache && T <= PENDING && rows.prev && i < B * T; i++) a.tree |= rows.prev[i] != (int32_t)(i % T) - 1;
+  a.few = kcache && T <= PENDING && P % LANES == 0;
   a.share = whole_vectors(a.tokens * a.rep * (KEYS + a.groups * (P + a.wide + 2)) + (P + a.wide) * KEYS);
   a.scratch = device_scratch(workers() * a.share * sizeof(float) + B * T * sizeof(Seen));
   if (!a.scratch) return;

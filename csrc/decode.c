@@ -238,13 +238,14 @@ void state_free(State *s) {
 static char *slot_data(const Cache *c, size_t slot) { return (char *)c->data + slot * c->rows * c->row_bytes; }
 
 void state_reset(State *s, size_t slot) {
-  FOR_CACHES(s, c) device_zero(slot_data(c, slot), c->rows * c->row_bytes);
+  FOR_CACHES(s, c) if (!c->masked) device_zero(slot_data(c, slot), c->rows * c->row_bytes);
   s->pos[slot] = s->pending[slot] = s->seen[slot] = 0;
 }
 
 void state_copy(State *s, size_t to, size_t from) {
   if (to == from) return;
-  FOR_CACHES(s, c) device_copy(slot_data(c, to), slot_data(c, from), c->rows * c->row_bytes);
+  const size_t read = (size_t)(s->pos[from] + s->pending[from]);
+  FOR_CACHES(s, c) device_copy(slot_data(c, to), slot_data(c, from), (c->masked && read < c->rows ? read : c->rows) * c->row_bytes);
   s->pos[to] = s->pos[from];
   s->pending[to] = s->pending[from];
   s->seen[to] = s->seen[from];

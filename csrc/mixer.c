@@ -48,7 +48,7 @@ static void attention_layout(const Model *m, size_t l, Arena *arena, Acts *acts,
 static void attention_caches(const Model *m, size_t l, size_t capacity, Cache *cache) {
   size_t rows = capacity, sinks = sinks_of(m, l), seen = sinks + m->window[l] + PENDING;
   if (m->window[l] && seen < rows) rows = seen;
-  cache[0] = cache[1] = (Cache){NULL, rows, dims(m).E * sizeof(real), rows > sinks ? rows - sinks : 1};
+  cache[0] = cache[1] = (Cache){NULL, rows, dims(m).E * sizeof(real), rows > sinks ? rows - sinks : 1, 1};
 }
 
 static void mix_attention(const Call *k, size_t l, Acts *acts, real *h, const real *u) {
@@ -114,11 +114,11 @@ static void mamba1_caches(const Model *m, size_t l, size_t capacity, Cache *cach
   (void)capacity;
   Dims d = dims(m);
   size_t ring = SCAN_RING + PENDING, conv = CONV - 1 + PENDING;
-  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), conv};
-  cache[1] = (Cache){NULL, 1, d.D * SCAN_STATE * sizeof(float), 0};
-  cache[2] = (Cache){NULL, ring, d.D * sizeof(real), ring};
-  cache[3] = (Cache){NULL, ring, d.D * sizeof(float), ring};
-  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), ring};
+  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), conv, 0};
+  cache[1] = (Cache){NULL, 1, d.D * SCAN_STATE * sizeof(float), 0, 0};
+  cache[2] = (Cache){NULL, ring, d.D * sizeof(real), ring, 0};
+  cache[3] = (Cache){NULL, ring, d.D * sizeof(float), ring, 0};
+  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), ring, 0};
 }
 
 static void mix_mamba1(const Call *k, size_t l, Acts *acts, real *h, const real *u) {
@@ -182,13 +182,13 @@ static void mamba2_caches(const Model *m, size_t l, size_t capacity, Cache *cach
   (void)capacity;
   Dims d = dims(m);
   size_t ring = SSD_RING + PENDING, conv = CONV - 1 + PENDING;
-  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), conv};
-  cache[1] = (Cache){NULL, conv, d.E * sizeof(real), conv};
-  cache[2] = (Cache){NULL, conv, d.D * sizeof(real), conv};
-  cache[3] = (Cache){NULL, 1, d.D * d.P * sizeof(float), 0};
-  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), ring};
-  cache[5] = (Cache){NULL, ring, d.H * sizeof(float), ring};
-  cache[6] = (Cache){NULL, ring, d.E * sizeof(real), ring};
+  cache[0] = (Cache){NULL, conv, d.E * sizeof(real), conv, 0};
+  cache[1] = (Cache){NULL, conv, d.E * sizeof(real), conv, 0};
+  cache[2] = (Cache){NULL, conv, d.D * sizeof(real), conv, 0};
+  cache[3] = (Cache){NULL, 1, d.D * d.P * sizeof(float), 0, 0};
+  cache[4] = (Cache){NULL, ring, d.E * sizeof(real), ring, 0};
+  cache[5] = (Cache){NULL, ring, d.H * sizeof(float), ring, 0};
+  cache[6] = (Cache){NULL, ring, d.E * sizeof(real), ring, 0};
 }
 
 /* The three parts of the convolution: input and output act, first channel, width. */

@@ -124,10 +124,11 @@ typedef struct {
 } Model;
 
 /* One layer's memory of a slot: `rows` entries of row_bytes. turns > 0: an entry a position; the last `turns` entries are taken in turn
- * by the positions that are beyond those before. */
+ * by the positions that are beyond those before. masked: what no position has written is never read, whatever it holds. */
 typedef struct {
   void *data;
   size_t rows, row_bytes, turns;
+  int masked;
 } Cache;
 enum { MOST_CACHES = 7 };
 
