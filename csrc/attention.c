@@ -233,9 +233,6 @@ static void score(float *s, const Attention *a, const Keys *keys, const float *q
 /* Rows r .. r+R meet the keys of depths e .. min(e+KEYS, high). */
 static void attend_block(const Attention *a, const Tile *u, const Keys *keys, size_t r, size_t R, size_t e, size_t high) {
   const size_t P = a->P, wide = a->wide, count = min(KEYS, high - e);
-  size_t run = count, pitch = a->G * P;
-  const float *v = run_of(a, keys, a->vcache, a->v, e, &run);
-  if (run < count || P < wide) load_rows(u->v, a, keys, a->vcache, a->v, e, count), v = u->v, pitch = wide;
   if (a->few) {
     score(u->s, a, keys, u->q + r * P, R, e, count);
   } else {
@@ -249,7 +246,16 @@ static void attend_block(const Attention *a, const Tile *u, const Keys *keys, si
     else
       softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, &part, wide);
   }
-  gemm(u->o + r * wide, wide, u->s, KEYS, 1, v, pitch, R, wide, count, 1);
+  if (P < wide || !a->few) { /* many rows read them often: close together */
+    load_rows(u->v, a, keys, a->vcache, a->v, e, count);
+    gemm(u->o + r * wide, wide, u->s, KEYS, 1, u->v, wide, R, wide, count, 1);
+    return;
+  }
+  for (size_t j = 0, m; j < count; j += m) { /* the same sums */
+    m = count - j;
+    const real *v = run_of(a, keys, a->vcache, a->v, e + j, &m);
+    gemm(u->o + r * wide, wide, u->s + j, KEYS, 1, v, a->G * P, R, wide, m, 1);
+  }
 }
 
 /* A chain's keys serve all rows of a group. A tree's serve them up to the last block that lies in the cache whole; from there
