@@ -133,9 +133,12 @@ static inline __attribute__((always_inline)) void few_tile(const int R, const in
         acc[r][u] += vec_load(x + r * PAIR + LANES) * pair[1];
       }
     }
+  float sum[LANES];
+  const int at_once = R * U == LANES; /* the same additions */
+  if (at_once) vec_store(sum, sum_lanes(acc[0]));
   for (int r = 0; r < R; r++)
     for (int u = 0; u < U; u++) {
-      float s = vec_sum(acc[r][u]);
+      float s = at_once ? sum[r * U + u] : vec_sum(acc[r][u]);
       for (size_t i = whole; i < K; i++) s += l->x[(m + r) * K + i] * weight_at(w[u], type, i);
       if (l->bias) s += l->bias[o + u];
       float *y = l->y + (m + r) * l->O + o + u;
