@@ -140,11 +140,15 @@ class Table:
         self.lookahead, self.seats = lookahead, [None] * slots
         self.states = [State(m, slots + spare, room + lookahead + 1) for m in self.models] if slots else []
         self.stats = dict.fromkeys(("rounds", "drafted", "accepted", "verified", "decided"), 0)
+        self.choices, self.seeds = {name: np.zeros(slots, dtype) for name, dtype in CHOICES.items()}, np.zeros(slots, np.int64)  # of the rows in seats
 
     def seat(self, slot, row, source=None, n=0):
         """Gives the row a free slot, empty or with the row's first n tokens, which slot `source` has read."""
         for state in self.states:
             state.reset([slot]) if source is None else state.copy(slot, source)
+        for name, values in self.choices.items():
+            values[slot] = row.choice[name]
+        self.seeds[slot] = row.seed
         self.seats[slot], row.read = row, n
 
     def read(self, slot):
@@ -170,12 +174,14 @@ class Table:
         done = []
         if not len(live):
             return done
-        gains = _round(self.models, self.states, live, [self.seats[slot] for slot in live], self.lookahead, self.stats)
-        for slot, (tokens, logits) in zip(live, gains):
+        rows = [self.seats[slot] for slot in live]
+        gains = _round(self.models, self.states, live, rows, {name: values[live] for name, values in self.choices.items()}, self.seeds[live], self.lookahead,
+                       self.stats)
+        for slot, row, (tokens, logits) in zip(live, rows, gains):
             for token, row_logits in zip(tokens, logits):
                 self.stats["decided"] += 1
-                if self.seats[slot].push(int(token), row_logits):
-                    done.append(self.seats[slot])
+                if row.push(token, row_logits):
+                    done.append(row)
                     self.seats[slot] = None
                     break
         return done
@@ -186,8 +192,9 @@ def part_size(model):
     return PART[model.device]
 
 
-def _round(models, states, slots, rows, lookahead, stats):
-    """One round for `rows` in `slots`: -> for each row its new tokens (accepted proposals and one more) and their logits.
+def _round(models, states, slots, rows, choices, seeds, lookahead, stats):
+    """One round for `rows` in `slots`, whose choices and seeds are arrays: -> for each row its new tokens (accepted proposals and one more) and
+    their logits.
 
     The model's State stands before the row's last token, the draft's at most one token before that."""
     at = np.array([len(row.ids) for row in rows], np.int32)  # where the first token of the round will stand
@@ -202,19 +209,18 @@ def _round(models, states, slots, rows, lookahead, stats):
             unread[b, :len(tokens)] = tokens
     last = np.array([row.ids[-1] for row in rows], np.int32)
     draft = (models[1].c, states[1].c) if K else (None, None)
-    choices = {name: np.array([row.choice[name] for row in rows], dtype) for name, dtype in CHOICES.items()}
-    seeds = np.array([row.seed for row in rows], np.int64).view(np.int32)  # low word, high word
     proposed, accepted, token, logits = models[0].c.round(
-        states[0].c, *draft, (slots, last, choices.pop("index"), at, count, unread, keep), (*choices.values(), seeds),
+        states[0].c, *draft, (slots, last, choices.pop("index"), at, count, unread, keep), (*choices.values(), seeds.view(np.int32)),  # low word, high word
         any(row.likeliest is not None for row in rows))
-    for row, offered, agreed in zip(rows, count, accepted):
-        row.drafted += int(offered)
-        row.accepted += int(agreed)
+    for row, offered, agreed in zip(rows, count.tolist(), accepted.tolist()) if K else ():
+        row.drafted += offered
+        row.accepted += agreed
     stats["rounds"] += 1
     stats["verified"] += B
     stats["drafted"] += int(count.sum())
     stats["accepted"] += int(accepted.sum())
-    return [([*proposed[b, :n], token[b]], logits[b] if logits is not None else [None] * (n + 1)) for b, n in enumerate(accepted)]
+    tokens = [[*drawn[:n], one] for drawn, n, one in zip(proposed.tolist(), accepted.tolist(), token.tolist())]
+    return list(zip(tokens, logits if logits is not None else ([None] * len(one) for one in tokens)))
 
 
 class Row:
@@ -254,10 +260,11 @@ class Row:
         self.out.tokens.append(token)
         if likely is not None:
             self.out.logprobs.append(likely)
-        if self._stops(self.stream.push(token) if self.stream else ""):
+        if self.stream and self._stops(self.stream.push(token)):
             self._emit(token, len(self.held))
             return self.finish("stop")
-        self._emit(token, len(self.held) - _overlap(self.held, self.stops))
+        if self.stream or self.callback:
+            self._emit(token, len(self.held) - _overlap(self.held, self.stops))
         return self.finish("length") if self.room == 0 else False
 
     def _stops(self, text):
