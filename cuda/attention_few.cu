@@ -314,17 +314,7 @@ static __global__ void __launch_bounds__(128, BLOCKS) attend_few(Attention a, Pa
   if (p.seen) return;
 
   /* The last block of (b, group) adds its chunks: a warp a query. */
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned *const done = blocks_done + (b - a.begin) * a.G + group;
-    last = atomicAdd(done, 1u) == gridDim.y - 1;
-    if (last) *done = 0;
-  }
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
+  if (!last_to_arrive(blocks_done + (b - a.begin) * a.G + group, gridDim.y)) return;
   for (int r = warp; r < a.T * a.rep; r += 4) {
     const int t = r / a.rep, h = group * a.rep + r % a.rep, lane = threadIdx.x % 32;
     const int4 seen = make_int4(shared.seen.from[t], shared.seen.to[t], base, first);

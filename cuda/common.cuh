@@ -119,6 +119,16 @@ __device__ static inline float logit_of(Key key) {
   return __uint_as_float(r >> 31 ? r ^ 0x80000000u : ~r);
 }
 
+/* Is this the last of `blocks` blocks to come here? All threads of a block ask; what the others wrote before is then seen by all of the last.
+ * arrived: 0 at first, and again after the last. */
+__device__ static inline bool last_to_arrive(unsigned *arrived, unsigned blocks) {
+  __threadfence();
+  __syncthreads();
+  const int last = __syncthreads_or(threadIdx.x == 0 && atomicInc(arrived, blocks - 1) == blocks - 1);
+  __threadfence();
+  return last != 0;
+}
+
 /* ---- reductions: a fixed order --------------------------------------------------------------------------------------------------- */
 
 template <class T> __device__ T warp_sum(T v) {

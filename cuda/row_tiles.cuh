@@ -273,11 +273,7 @@ static __global__ void __launch_bounds__(THREADS, 1) row_tiles(const __grid_cons
       }
     }
     if (c.splits > 1) {
-      __threadfence();
-      __syncthreads();
-      const bool last = threadIdx.x == 0 && atomicInc(arrived + tile, c.splits - 1) + 1 == c.splits;
-      if (!__syncthreads_or(last)) continue;
-      __threadfence();
+      if (!last_to_arrive(arrived + tile, c.splits)) continue;
       const float4 *const from = (const float4 *)c.parts + (size_t)tile * PARTS * FRAGMENTS * 32 + lane;
 #pragma unroll 2
       for (unsigned f = warp; f < FRAGMENTS; f += PARTS) {

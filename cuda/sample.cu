@@ -114,15 +114,6 @@ template <class F> __device__ void each_of_split(const Call &c, const float *x, 
   each_logit(x, split_begin(c, blockIdx.x), split_begin(c, blockIdx.x + 1), f);
 }
 
-/* Is this the last of a row's blocks to come here? What the others wrote before is seen. */
-__device__ bool last_block(unsigned *arrived) {
-  __threadfence();
-  __syncthreads();
-  const int last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(arrived, 1u) == gridDim.x - 1);
-  __threadfence();
-  return last != 0;
-}
-
 /* ---- sums over a block -------------------------------------------------------------------------------------------------- */
 
 /* Of the threads before this one, and of all */
@@ -352,7 +343,7 @@ __global__ void __launch_bounds__(THREADS) find_last(const __grid_constant__ Cal
     const unsigned at = atomicAdd(&row.candidates, 1u);
     if (at < GATHERED) c.gathered[r * GATHERED + at] = key_of(v, i);
   });
-  if (!last_block(&row.blocks)) return;
+  if (!last_to_arrive(&row.blocks, gridDim.x)) return;
 
   const Candidates some = {p, c.V, __ldcg(&row.candidates), (int)c.digit, keys, masses};
   for (size_t i = threadIdx.x; some.n <= GATHERED && i < some.n; i += blockDim.x) {
@@ -457,7 +448,7 @@ __global__ void __launch_bounds__(THREADS) draw_tokens(const __grid_constant__ C
   });
   own[0] = block_sum(own[0]), own[1] = block_sum(own[1]);
   if (threadIdx.x == 0) sums[blockIdx.x] = own[0], sums[c.splits + blockIdx.x] = own[1];
-  if (!last_block(c.done + b)) return;
+  if (!last_to_arrive(c.done + b, gridDim.x)) return;
 
   Mass all, all_left, before;
   const bool here = threadIdx.x < c.splits;
