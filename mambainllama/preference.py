@@ -28,6 +28,8 @@ from .data import NONE, is_chat, rows, shuffled
 from .parallel import ranks
 from .weights import replacing
 
+WIDTH = 64
+
 
 class Pairs:
     """Preference rows as batches of 2n sequences, the n chosen ones first; epoch after epoch in an order of its own.
@@ -50,7 +52,7 @@ class Pairs:
         self.reference = None  # of each pair: the reference's log-probabilities of both answers' tokens
 
     def batch(self, step):
-        """ids, targets, reference's log-probabilities of the step-th batch, counted from 0; each (2 batch, length)."""
+        """ids, targets, reference's log-probabilities of the step-th batch, counted from 0; each (2 batch, T), T as _width says."""
         return self.take(range(step * self.size, (step + 1) * self.size))
 
     def take(self, numbers):
@@ -67,8 +69,13 @@ class Pairs:
 
     @property
     def fill(self):
-        """Share of positions that hold tokens."""
-        return sum(len(ids) for pair in self.pairs for ids, _ in pair) / (2 * len(self.pairs) * self.length)
+        """Share of positions that hold tokens, in the rows' own order."""
+        parts = [self.pairs[at:at + self.size] for at in range(0, len(self.pairs), self.size)]
+        return sum(len(ids) for pair in self.pairs for ids, _ in pair) / sum(2 * len(part) * self._width(part) for part in parts)
+
+    def _width(self, pairs):
+        """Positions of a batch of these pairs: the longest sequence, in whole steps of WIDTH, at most length."""
+        return min(self.length, -(-max(len(ids) for pair in pairs for ids, _ in pair) // WIDTH) * WIDTH)
 
     def _at(self, i):
         epoch, at = divmod(i, len(self.pairs))
@@ -78,7 +85,7 @@ class Pairs:
 
     def _stack(self, chosen):
         order = [(i, half) for half in (0, 1) for i in chosen]
-        ids = np.zeros((len(order), self.length), np.int32)
+        ids = np.zeros((len(order), self._width([self.pairs[i] for i in chosen])), np.int32)
         targets, reference = np.full_like(ids, NONE), np.zeros(ids.shape, np.float32)
         for b, (i, half) in enumerate(order):
             row, target = self.pairs[i][half]

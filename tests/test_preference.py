@@ -133,6 +133,15 @@ def test_prompts_may_be_within_whole_chats():
             read([row])
 
 
+def test_a_batch_is_as_wide_as_its_pairs():
+    """In steps of 64 positions, whatever length is: it changes nothing but the room."""
+    data = [*rows(count=3), {"prompt": [1] * 60, "chosen": [2] * 10, "rejected": [3]}]
+    (goal, pairs), (other, wide) = (objective(hybrid(), hybrid(2), data, length=length, batch=3) for length in (300, 64))
+    assert [ids.shape for ids, *_ in pairs.once()] == [(6, 64), (2, 128)] and [ids.shape for ids, *_ in wide.once()] == [(6, 64), (2, 64)]
+    same = [goal.loss(next(batches.once()), {"margin": 1.0}) for batches in (pairs, wide)]
+    assert same[0] == same[1] and pairs.fill == pytest.approx(sum(len(ids) for pair in pairs.pairs for ids, _ in pair) / (6 * 64 + 2 * 128))
+
+
 def test_it_learns_to_prefer(tmp_path):
     model = hybrid()
     report = mil.dpo(model, rows(), {**PLAN, "steps": 60}, out=tmp_path)
