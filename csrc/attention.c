@@ -2,7 +2,8 @@
  *
  * A token sees a contiguous range of depths of its path: below `base` they are cached positions, from there on this call's
  * tokens. Key blocks stand at multiples of KEYS of the depth, hidden keys weigh exactly 0, and every sum runs in the order of
- * depth; so a row's bits depend on its own range alone, however many rows share the tile. */
+ * depth; so a row's bits depend on its own range alone, however many rows share the tile. Few tokens read the cache where it is
+ * (score): to turn keys into columns first pays from some ten rows on. */
 #include "device.h"
 #include "gemm.h"
 #include "ops.h"
