@@ -61,7 +61,8 @@ def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, align_
     cover another seed of the training, other data, or a loss that does not follow a + b·steps^-c from the probes to the end, as when a
     model suddenly learns to look things up; the longer probe_steps, the less that matters.
 
-    ValueError: bad data or recipe, stages or epochs in it, shares outside [0, 1), a student that does not fit."""
+    ValueError: bad data or recipe, stages or epochs in it, shares outside [0, 1), a student that does not fit. OSError: out cannot be
+    written."""
     recipe = load_plan_recipe(recipe)
     kinds = teacher.layer_kinds
     own = [i for i, kind in enumerate(kinds) if kind == "attention"]
@@ -76,6 +77,10 @@ def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, align_
     for name, value, low in (("align_steps", align_steps, 0), ("probe_steps", probe_steps, 0), ("rows", rows, 1), ("context", context, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
             raise ValueError(f"{name} must be an integer from {low} up, not {value!r}")
+    out = None if out is None else Path(out)
+    if out is not None:  # what would fail after all the work
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
     learned, seen = _split(teacher, data, recipe, rows, probe_steps)
     before = []  # stages
     if student is None:
@@ -120,9 +125,6 @@ def plan(teacher, data, attention=(0.5, 0.25), recipe=None, student=None, align_
                                 for stage in (*before, {"steps": recipe["stages"][0]["steps"]})]
     result = {"layers": layers, "student": base, "teacher_recall": able, "plans": plans, "stages": stages}
     if out is not None:
-        out = Path(out)
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "plan.json") as file:
             file.write(json.dumps(result, indent=1).encode())
         with replacing(out / "plan.png") as file:

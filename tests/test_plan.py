@@ -118,6 +118,12 @@ def test_what_is_converted_is_aligned_first(init):
     assert first == {"steps": 4, "align": "mixer", "lr": 1e-3, "train": ["*mamba*"]}
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr(planning, "_split", lambda *_: pytest.fail("work began"))
+    with pytest.raises(OSError, match="cannot write /proc/plan"):
+        quick(mil.random(CONFIG, seed=1), out="/proc/plan")
+
+
 def test_the_probe_weighs_what_the_teacher_answers(monkeypatch):
     teacher = mil.random(CONFIG, seed=1)
     for able in (0.0, 0.5, 1.0):
