@@ -104,6 +104,8 @@ def load_plan(recipe):
         taught = next((other for after, other in plan["run"][i + 1:] if after == "distill"), None)
         if not taught:
             raise ValueError(f"{where}: run[{i}]: cache: no distill part comes after it")
+        if any(settings(taught, stage)["align"] for stage in taught["stages"]):
+            raise ValueError(f"{where}: run[{i}]: cache: the distill part after it has align, which needs the teacher's layers")
         part |= {"data": taught["data"], "length": taught["length"], "temperature": settings(taught, taught["stages"][0])["temperature"]}
         taught["cache"] = f"{i + 1}-cache"
     return plan

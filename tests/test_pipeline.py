@@ -129,6 +129,7 @@ def test_own_recipes_describe_themselves(name):
     (lambda r: r.update(run=[{"sft": {"steps": 1}}]), "sft names no data"),
     (lambda r: r["run"].append({"cache": {"k": 8}}), "run\\[5\\]: cache: no distill part comes after it"),
     (lambda r: r["run"].insert(0, {"cache": {"length": 8}}), "unknown key 'length'"),
+    (lambda r: r["run"].insert(2, {"cache": {}}) or r["run"][3]["distill"]["stages"][0].update(align="hidden"), "run\\[2\\]: cache: .* has align"),
     (lambda r: r.pop("teacher"), "names no teacher"),
 ])
 def test_a_bad_recipe_is_one_sentence(folder, tmp_path, change, says):
