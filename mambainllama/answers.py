@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import data
 from .generate import ROWS, encode_prompt, generate
+from .weights import writing
 
 KINDS = ("messages", "prompt", "text", "ids", "tokens")
 CALL = 64  # batches that one call of generate gets: few of its rounds have empty seats, and only its prompts are held twice
@@ -50,8 +51,8 @@ def answer(model, rows, out, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     asked.sort(key=lambda row: -len(row["ids"]))  # a batch's rows are of similar length, and memory that lacks does so at once
     report = {"rows": count, "answered": 0, "new_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0}
     began = time.perf_counter()
-    with open(out, "ab") as file, tqdm(total=count, initial=count - len(asked), unit="row", dynamic_ncols=True,
-                                       disable=None if progress is None else not progress) as bar:
+    with writing(out), open(out, "ab") as file, tqdm(total=count, initial=count - len(asked), unit="row", dynamic_ncols=True,
+                                                     disable=None if progress is None else not progress) as bar:
         file.truncate(end)
         for start in range(0, len(asked), CALL * (batch or ROWS)):
             part = asked[start:start + CALL * (batch or ROWS)]

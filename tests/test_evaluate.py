@@ -482,6 +482,13 @@ def test_report_of_annotations(tmp_path):
         evaluate.report([tmp_path / "nothing"], tmp_path / "page.html")
 
 
+def test_a_run_s_model_is_called_as_the_run(spoken, tmp_path):
+    mil.save(spoken, tmp_path / "half" / "model")
+    assert evaluate.gap(mil.load(tmp_path / "half" / "model"), tmp_path / "gap", count=2, max_new_tokens=2)["model"] == "half"
+    with pytest.raises(OSError, match="cannot write /proc/gap: "):
+        evaluate.gap(spoken, "/proc/gap", count=2)
+
+
 def test_report_from_the_shell(spoken, data, tmp_path, judge, capsys):  # noqa: F811
     for name in ("a", "b"):
         evaluate.gap(spoken, tmp_path / f"gap-{name}", count=4, max_new_tokens=2, name=name)

@@ -12,12 +12,12 @@ def add(top, device_and_dtype):
 
     def command(name, run, help_, example):
         p = commands.add_parser(name, help=help_, description=help_, epilog="examples:\n" + example, formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.set_defaults(run=run)
+        p.set_defaults(run=run, parser=p)
         return p
 
     def common(p):
         p.add_argument("--out", required=True, metavar="DIR", help="folder of the answers and results; the same call goes on in it")
-        p.add_argument("--name", metavar="NAME", help="of the model in tables and files (default: its folder's)")
+        p.add_argument("--name", metavar="NAME", help="of the model in tables and files (default: its folder's, of RUN/model the run's)")
         p.add_argument("--batch", type=int, metavar="N", help="rows side by side")
         device_and_dtype(p)
 

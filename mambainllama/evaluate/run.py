@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..generate import ROWS, encode_prompt, generate
-from ..weights import replacing
+from ..weights import replacing, writing
 
 CALL = 8  # batches of one call of generate
 
@@ -29,10 +29,11 @@ class Run:
     def __init__(self, out, kind, model, settings, name=None):
         from .. import __version__
         self.out = Path(out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         layers = model.layer_kinds
         fingerprint = model.fingerprint()
-        name = name or (os.path.basename(os.path.abspath(model.folder)) if model.folder else f"model-{fingerprint}")
+        name = name or (_named(Path(os.path.abspath(model.folder))) if model.folder else f"model-{fingerprint}")
         self.about = {"kind": kind, "model": name.replace("/", "_"), "fingerprint": fingerprint,
                       "layers": {what: layers.count(what) for what in dict.fromkeys(layers)}, "device": model.device, "dtype": model.dtype,
                       "settings": settings, "versions": {"mambainllama": __version__, "python": platform.python_version()}}
@@ -89,8 +90,13 @@ class Records:
         self.rows[self.key(row)] = row
 
     def _append(self, line):
-        with open(self.path, "ab") as file:
+        with writing(self.path), open(self.path, "ab") as file:
             file.write(line)
+
+
+def _named(folder):
+    """What a model's folder is called; of RUN/model, as training leaves it, the run."""
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def complete(run, model, asked, max_new_tokens, batch=None, progress=None, file="answers.jsonl", **how):
