@@ -25,8 +25,9 @@ def _main(argv):
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
-        if any(word.startswith("-") for word in rest) or rest and "prompts" not in args:
-            parser.error("unrecognized arguments: " + " ".join(rest))
+        unknown = [word for word in rest if word.startswith("-")] if "prompts" in args else rest
+        if unknown:
+            args.parser.error("unrecognized arguments: " + " ".join(unknown))
         if rest:  # argparse takes no more positionals once options have come between
             args.prompts += rest
         if ranks().size > 1 and args.run not in (_distill, _train, _sft, _dpo, _run):
@@ -61,7 +62,7 @@ def _parser():
     def command(name, run, help_, example):
         p = commands.add_parser(name, help=help_, description=help_, epilog="examples:\n" + example,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.set_defaults(run=run)
+        p.set_defaults(run=run, parser=p)
         return p
 
     def device(p):
@@ -389,12 +390,15 @@ def _value(text):
 
 def _distill(args):
     import mambainllama as mil
+    from .recipe import load_recipe
     recipe = _recipe(args)
     if args.cache:
         if args.student:
             raise ValueError("--student does not go with --cache: the student is the first argument")
         student = _load(args.teacher, args)
         return _report(mil.distill(student, args.cache, _source(args), recipe, out=args.out), student)
+    if not args.student and not any(stage["mamba_layers"] for stage in load_recipe(recipe)["stages"]):
+        raise ValueError("the student would be the teacher itself: give --student, a folder made by `convert`, or stages with mamba_layers")
     teacher = _load(args.teacher, args)
     student = _load(args.student, args) if args.student else mil.convert(teacher, mamba_layers=[])
     _report(mil.distill(student, teacher, _source(args), recipe, out=args.out), student)

@@ -69,6 +69,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, args):
 
 @pytest.mark.parametrize("args, says", [
     (["--set", "stepz=1"], "steps"), (["--top-p", "2"], "top_p"), (["--lookahead", "99"], "lookahead"),
+    (["--set", "steps=1"], "--student"), (["--set", "run=[]"], "mambainllama run"), (["--bogus"], "mambainllama generate: unrecognized arguments: --bogus ("),
 ])
 def test_the_sentence_names_the_culprit(capsys, teacher, chats, args, says):
     command = ["distill", teacher, chats, "--out", "/tmp/never"] if args[0] == "--set" else ["generate", teacher, "x"]
