@@ -17,7 +17,7 @@ from .model import random
 from .tokenizer import Tokenizer
 from .report import axes, image, page, table
 from .train import distill, train
-from .weights import writing
+from .weights import replacing, writing
 
 SIZES = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
@@ -34,7 +34,7 @@ TIE = 0.1        # KLs that differ by less than this share of the larger count a
 def demo(out="demo", device="cpu", seed=0, teacher_steps=None, steps=STEPS):
     """Runs the whole demo into folder `out` and prints its table; returns the rows of the table.
 
-    Writes out/teacher, out/<student>/ (runs with their models in Hugging Face layout and metrics), out/results.json and
+    Writes out/chats.jsonl, the data, out/teacher, out/<student>/ (runs with their models in Hugging Face layout and metrics), out/results.json and
     out/report.html. Called again, finished parts are not computed again. seed: of data, weights and order."""
     out, began = Path(out), time.perf_counter()
     backend.module(device)  # this and the next lines: what would fail after minutes of work
@@ -42,6 +42,8 @@ def demo(out="demo", device="cpu", seed=0, teacher_steps=None, steps=STEPS):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     data, held_out = tasks.rows(8000, seed + 1), tasks.rows(HELD_OUT, seed + 1_000_003)
+    with replacing(out / "chats.jsonl") as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in data)
     print(f"1/4  teacher: a Llama of {SIZES['num_hidden_layers']} layers learns {', '.join(tasks.TASKS)}")
     teacher_steps = teacher_steps or TEACHER["steps"]
     teacher = _teacher(out, data, seed, device, teacher_steps)
