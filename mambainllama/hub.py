@@ -46,7 +46,8 @@ def push(folder, repo, private=False, evaluations=()):
     """Uploads a model folder, or the model of a run's folder (mil.distill's or mil.run's `out`), to the hub's `repo`; → its address.
 
     With it goes a model card, README.md: layers, stages, losses and the recipe, from what the run left, and the scores of `evaluations`,
-    folders that mil.evaluate wrote, and of those within the run's; the folder's own README.md instead if there is one. ValueError in one sentence: no model there, no library, no network, no leave to write."""
+    folders that mil.evaluate wrote, and of those within the run's; the folder's own README.md instead if there is one. ValueError in one
+    sentence: no model there, no library, no network, no leave to write."""
     if not NAME.fullmatch(repo) or "@" in repo:
         raise ValueError(f"{show(repo)} is no name on the hub, expected org/name")
     model, runs = _runs(Path(folder))

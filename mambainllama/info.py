@@ -75,9 +75,10 @@ def training_memory(arch, teacher, train, batch, length, real, moments="float32"
 
     arch, teacher: architectures of what learns and of what it is compared with (None: nothing); shared: of the teacher's tensors the student
     has a copy of its own only where it learns; train: patterns of what learns; real: bytes of an activation and of a matrix' element.
-    bf16 weights that learn have a float32 master in the optimiser; of bf16 gradients those of the layer at work, or of the embedding, are float32 too. Activations are those that layers keep for their backward, with recompute
-    their inputs and those of one layer. The chunks of the loss and the libraries' workspaces are left out: at Llama-3-8B's shape,
-    where 29 to 57 GiB were measured on an H200, what is counted is 1.3 to 1.6 GiB less."""
+    bf16 weights that learn have a float32 master in the optimiser; of bf16 gradients those of the layer at work, or of the embedding, are
+    float32 too. Activations are those that layers keep for their backward, with recompute their inputs and those of one layer. The chunks
+    of the loss and the libraries' workspaces are left out: at Llama-3-8B's shape, where 29 to 57 GiB were measured on an H200, what is
+    counted is 1.3 to 1.6 GiB less."""
     own, other = shapes(arch), shapes(teacher) if teacher else {}
     learns = [name for name in own if fits(name, train)]
     trained = sum(prod(own[name]) for name in learns)

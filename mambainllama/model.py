@@ -190,7 +190,8 @@ class Model:
         """Which parameters get gradients, by patterns over names (fits); returns their names. ValueError if a pattern fits none.
 
         gradients: "float32" | "bfloat16", how those of bf16 matrices are kept. bfloat16 ones take half the memory: a backward adds to them in
-        float32 and rounds the sum, so that the first since zero_grad leaves the float32 gradient rounded (of a tied embedding: twice). The others are float32."""
+        float32 and rounds the sum, so that the first since zero_grad leaves the float32 gradient rounded (of a tied embedding: twice). The
+        others are float32."""
         _dtype(gradients, "gradients")
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         names = self.names
@@ -216,7 +217,8 @@ class Model:
         return self.c.grad_norm()
 
     def step(self, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0, step=1, moments="float32"):
-        """One AdamW step on every trainable parameter (of a job's rank: on its part of them, parallel.py); gradients are multiplied by `scale` first; `step` counts from 1.
+        """One AdamW step on every trainable parameter (of a job's rank: on its part of them, parallel.py); gradients are multiplied by
+        `scale` first; `step` counts from 1.
 
         moments: "float32" | "bfloat16", how they are kept. bfloat16 ones take half the memory and are rounded up or down at random
         around their values (csrc/ops.h, adamw), by the parameter, the element and `step` alone: the same steps give the same bits.

@@ -63,6 +63,8 @@ def load_recipe(recipe, **defaults):
     recipe, where = (recipe, "recipe") if isinstance(recipe, dict) else (read_recipe(recipe), str(recipe))
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: a recipe is a mapping of keys to values, not {type(recipe).__name__}")
+    if "run" in recipe:
+        raise ValueError(f"{where}: this recipe has parts, which `mambainllama run` (mil.run) takes; one training takes the settings of one part")
     known(where, recipe, [*DEFAULTS, "steps", "epochs", "stages"])
     lengths = [key for key in ("steps", "epochs", "stages") if key in recipe]
     if len(lengths) != 1:
@@ -229,9 +231,11 @@ def _data(value):
 
 
 RULES = {  # key: (what converts a value or raises, what it must be)
-    "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0), "warmup": (_warmup, "a share of the steps from 0 to 1, or a whole number of steps"),
+    "length": _integer(1), "batch": _integer(1, 1 << 20), "accumulate": _integer(1, 1 << 20), "lr": _number(0),
+    "warmup": (_warmup, "a share of the steps from 0 to 1, or a whole number of steps"),
     "schedule": _choice("cosine", "linear", "constant"), "betas": (_betas, "two numbers from 0 up and below 1"),
-    "weight_decay": _number(0), "gradients": _choice("float32", "bfloat16"), "moments": _choice("float32", "bfloat16"), "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
+    "weight_decay": _number(0), "gradients": _choice("float32", "bfloat16"), "moments": _choice("float32", "bfloat16"),
+    "clip": _optional(_number(0, open_low=True)), "kl": _number(0), "ce": _number(0),
     "temperature": _number(0, open_low=True), "kl_kind": _choice("forward", "reverse", "jensen-shannon", "paper"),
     "preference": _choice("sigmoid", "ipo"), "beta": _number(0, open_low=True), "label_smoothing": _number(0, 0.5, open_high=True),
     "prompt_length": _optional(_integer(1)),
@@ -239,6 +243,7 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "checkpoint_every": _integer(1), "eval_every": _integer(1), "eval_data": (_data, "null, a path, a list of paths or a list of rows"),
     "guard": (_guard, f"null or a mapping of limit, from 0 to 1, and of arguments of recall: {', '.join(GUARD)}"),
     "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
-    "mixer": _choice(None, *MIXERS), "window": _optional(_integer(1, LARGEST)), "sinks": _optional(_integer(0, LARGEST)), "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
+    "mixer": _choice(None, *MIXERS), "window": _optional(_integer(1, LARGEST)), "sinks": _optional(_integer(0, LARGEST)),
+    "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
     "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
 }

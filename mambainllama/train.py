@@ -201,7 +201,8 @@ def rate(recipe, step, steps):
 
 
 def _step(model, objective, data, recipe, step, adam_step, lr, interrupted):
-    """One optimiser step; → its {"loss", metric…, "grad_norm", "tokens" (positions computed)}, or None when interrupted: then no parameter has changed."""
+    """One optimiser step; → its {"loss", metric…, "grad_norm", "tokens" (positions computed)}, or None when interrupted: then no parameter
+    has changed."""
     size, rows = recipe["batch"], recipe["batch"] * recipe["accumulate"]
     mine = list(ranks().part(range(step * rows, (step + 1) * rows)))
     micro = [data.take(mine[i:i + size]) for i in range(0, len(mine), size)]
