@@ -489,6 +489,12 @@ def test_a_run_s_model_is_called_as_the_run(spoken, tmp_path):
         evaluate.gap(spoken, "/proc/gap", count=2)
 
 
+def test_answers_alone_need_no_prompts_of_a_judge(spoken, tmp_path):
+    write_lines(tmp_path / "mt_bench" / "question.jsonl", QUESTIONS[:1])
+    evaluate.mtbench(spoken, tmp_path, tmp_path / "out", judge=None, max_new_tokens=2, name="half")
+    assert (tmp_path / "out" / "model_answer" / "half.jsonl").exists()
+
+
 def test_report_from_the_shell(spoken, data, tmp_path, judge, capsys):  # noqa: F811
     for name in ("a", "b"):
         evaluate.gap(spoken, tmp_path / f"gap-{name}", count=4, max_new_tokens=2, name=name)

@@ -21,7 +21,7 @@ def mtbench(model, data, out, judge="gpt-4", judge_url=None, name=None, bench="m
             parallel=8, progress=None):
     """Answers both turns of each question, has them rated, and returns the results, also in out/results.json.
 
-    data      FastChat's llm_judge/data: judge_prompts.jsonl, BENCH/question.jsonl, BENCH/reference_answer/*.jsonl
+    data      FastChat's llm_judge/data: BENCH/question.jsonl, and for a judge judge_prompts.jsonl and BENCH/reference_answer/*.jsonl
     judge     the model that the server at judge_url ($OPENAI_BASE_URL) is asked for; None: only answer
     name      model_id in the files (default: the model's folder's)
     parallel  questions that the judge has at a time
@@ -34,7 +34,7 @@ def mtbench(model, data, out, judge="gpt-4", judge_url=None, name=None, bench="m
         raise ValueError("mtbench: the model has no chat template, and a second turn needs one")
     folder = Path(data)
     questions = _lines(folder / bench / "question.jsonl", "question_id", "category", "turns")
-    prompts = {row["name"]: row for row in _lines(folder / "judge_prompts.jsonl", "name", "system_prompt", "prompt_template")}
+    prompts = {row["name"]: row for row in _lines(folder / "judge_prompts.jsonl", "name", "system_prompt", "prompt_template")} if judge else {}
     references = _references(folder / bench / "reference_answer", judge, questions) if judge else {}
     run = Run(out, "mtbench", model, {"bench": bench, "questions": digest(questions), "max_new_tokens": max_new_tokens, "seed": seed,
                                       "temperatures": TEMPERATURES}, name)
