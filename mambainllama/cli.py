@@ -30,8 +30,8 @@ def _main(argv):
             args.parser.error("unrecognized arguments: " + " ".join(unknown))
         if rest:  # argparse takes no more positionals once options have come between
             args.prompts += rest
-        if ranks().size > 1 and args.run not in (_distill, _train, _sft, _dpo, _run):
-            raise ValueError("only training shares its work out to ranks; start this command without mpirun")
+        if ranks().size > 1 and args.run not in (_cache, _distill, _train, _sft, _dpo, _run):
+            raise ValueError("only training and caches share their work out to ranks; start this command without mpirun")
         with ranks().job():
             args.run(args)
         sys.stdout.flush()
