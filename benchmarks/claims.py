@@ -5,9 +5,10 @@ minutes on two quiet cores; gpu: 8 layers of 512, 30 million parameters, bf16, n
 and is not computed again: the same call goes on where the limit ended the one before. The last line is JSON.
 
 What is fixed here, before the runs on SEEDS, which no pilot has seen. It is not blind: pilots on the CPU, with seeds 0 to 3 and other
-teachers, chose the small teacher's recipe (others left it guessing in recall), two trainings of the gpu one its rate, the grids of rates, the measures, and the start of claims 4 to 8:
-calibrated, as the student that did best in them; from the paper's start 120 steps leave too little to compare. What they showed for claim 1
-(calibrated far ahead, attention no better than random) was known, so the new seeds confirm it or do not.
+teachers, chose the small teacher's recipe (others left it guessing in recall), two trainings of the gpu one its rate, the grids of rates,
+the measures, and the start of claims 4 to 8: calibrated, as the student that did best in them; from the paper's start 120 steps leave too
+little to compare. What they showed for claim 1 (calibrated far ahead, attention no better than random) was known, so the new seeds confirm
+it or do not.
 - Data. Chats that begin with two to five facts; then, as many as fit the length, questions about all facts but one, texts to copy and sums; last
   the question about that one. gpu: every second row is text instead, the standard library's Python files, a token a byte, of which
   every tenth file is only measured on. One row is one document; no student sees one twice. Answers, and every byte of text, count.

@@ -60,7 +60,8 @@ def measure(source, objective, args, batch, recompute):
     flops = 2 * body * (2 + recompute + (objective != "sft")) + 2 * trained
     seconds = min(times[1:])
     return {"objective": objective, "batch": batch, "recompute": recompute, "seconds": seconds,
-            "tokens_per_second": ranks().size * rows * length / seconds, "floor_tokens_per_second": ranks().size * 704e12 / flops, "peak_gib": student.module.memory()[1] / 2**30}
+            "tokens_per_second": ranks().size * rows * length / seconds, "floor_tokens_per_second": ranks().size * 704e12 / flops,
+            "peak_gib": student.module.memory()[1] / 2**30}
 
 
 CARDS, BESIDE = (24, 48, 80, 141), 3 * 2**30  # GB of memory; bytes for workspaces, the loss's chunks, the driver
@@ -80,7 +81,8 @@ def fits_table(args):
             for train in ("*mamba*", "*"):
                 cells = []
                 for card in CARDS:
-                    held = [[training_memory(student, other, [train], rows, args.length, 2, args.moments, recompute, gradients=args.gradients)["total"] for rows in (1, 2)]
+                    held = [[training_memory(student, other, [train], rows, args.length, 2, args.moments, recompute,
+                                             gradients=args.gradients)["total"] for rows in (1, 2)]
                             for recompute in (True, False)]
                     cells.append([max(0, int((card * 1e9 - BESIDE - 2 * one + two) // (two - one))) for one, two in held])
                 table.append({"shape": shape, "objective": objective, "train": train, "rows": dict(zip(map(str, CARDS), cells))})
@@ -109,7 +111,8 @@ def main():
     if not ranks().first:
         sys.stdout = open(os.devnull, "w")
     source = mil.random(CONFIG | SHAPES[args.shape], dtype="bfloat16", device=args.device)
-    print(f"{source.module.__name__}: {ranks().size} rank{'s'[:ranks().size - 1]}, {args.shape}, {args.attention:g} attention, {args.mixer}, {args.moments} moments, {args.gradients} gradients, {args.length} tokens a row\n")
+    print(f"{source.module.__name__}: {ranks().size} rank{'s'[:ranks().size - 1]}, {args.shape}, {args.attention:g} attention, {args.mixer}, "
+          f"{args.moments} moments, {args.gradients} gradients, {args.length} tokens a row\n")
     print(f"{'objective':9s} {'batch':>5s} {'recompute':>9s} {'ms/step':>9s} {'tokens/s':>9s} {'floor tokens/s':>15s} {'peak GiB':>9s}")
     rows = []
     for objective in args.objective:
@@ -119,7 +122,8 @@ def main():
                 rows.append(row)
                 print(f"{objective:9s} {batch:5d} {recompute:>9s} {1e3 * row['seconds']:9.1f} {row['tokens_per_second']:9.0f} "
                       f"{row['floor_tokens_per_second']:15.0f} {row['peak_gib']:9.1f}", flush=True)
-    print(json.dumps({"shape": args.shape, "attention": args.attention, "mixer": args.mixer, "moments": args.moments, "gradients": args.gradients, "length": args.length,
+    print(json.dumps({"shape": args.shape, "attention": args.attention, "mixer": args.mixer, "moments": args.moments, "gradients": args.gradients,
+                      "length": args.length,
                       "ranks": ranks().size, "train": args.train, "rows": rows}))
 
 

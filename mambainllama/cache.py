@@ -53,7 +53,9 @@ def cache(teacher, data, out, length=2048, k=32, temperature=1.0, batch=8, stude
 
 
 def _cache(teacher, data, folder, length, k, temperature, batch, student, progress):
-    batches = ranks().in_turn(lambda: Batches(read(data, teacher.tokenizer, teacher.config["vocab_size"], progress=progress), length, batch, shuffle=False))
+    def packed():
+        return Batches(read(data, teacher.tokenizer, teacher.config["vocab_size"], progress=progress), length, batch, shuffle=False)
+    batches = ranks().in_turn(packed)
     about = {"data": batches.fingerprint, "tokens": len(batches.ids), "length": length, "batch": batch, "k": k,
              "temperature": temperature, "vocab": teacher.config["vocab_size"], "teacher": teacher.fingerprint(), "bytes_per_token": 8 * k + 4,
              "batches": -(-len(batches) // batch), "done": 0}

@@ -140,7 +140,8 @@ class Table:
         self.lookahead, self.seats = lookahead, [None] * slots
         self.states = [State(m, slots + spare, room + lookahead + 1) for m in self.models] if slots else []
         self.stats = dict.fromkeys(("rounds", "drafted", "accepted", "verified", "decided"), 0)
-        self.choices, self.seeds = {name: np.zeros(slots, dtype) for name, dtype in CHOICES.items()}, np.zeros(slots, np.int64)  # of the rows in seats
+        self.choices = {name: np.zeros(slots, dtype) for name, dtype in CHOICES.items()}  # of the rows in seats, and their seeds
+        self.seeds = np.zeros(slots, np.int64)
 
     def seat(self, slot, row, source=None, n=0):
         """Gives the row a free slot, empty or with the row's first n tokens, which slot `source` has read."""
@@ -175,8 +176,8 @@ class Table:
         if not len(live):
             return done
         rows = [self.seats[slot] for slot in live]
-        gains = _round(self.models, self.states, live, rows, {name: values[live] for name, values in self.choices.items()}, self.seeds[live], self.lookahead,
-                       self.stats)
+        choices = {name: values[live] for name, values in self.choices.items()}
+        gains = _round(self.models, self.states, live, rows, choices, self.seeds[live], self.lookahead, self.stats)
         for slot, row, (tokens, logits) in zip(live, rows, gains):
             for token, row_logits in zip(tokens, logits):
                 self.stats["decided"] += 1
@@ -210,7 +211,8 @@ def _round(models, states, slots, rows, choices, seeds, lookahead, stats):
     last = np.array([row.ids[-1] for row in rows], np.int32)
     draft = (models[1].c, states[1].c) if K else (None, None)
     proposed, accepted, token, logits = models[0].c.round(
-        states[0].c, *draft, (slots, last, choices.pop("index"), at, count, unread, keep), (*choices.values(), seeds.view(np.int32)),  # low word, high word
+        states[0].c, *draft, (slots, last, choices.pop("index"), at, count, unread, keep),
+        (*choices.values(), seeds.view(np.int32)),  # low word, high word
         any(row.likeliest is not None for row in rows))
     for row, offered, agreed in zip(rows, count.tolist(), accepted.tolist()) if K else ():
         row.drafted += offered

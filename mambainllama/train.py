@@ -365,8 +365,9 @@ class Folder:
                 for part, array in zip(("m", "v", "master"), values):
                     if array is not None:
                         put(f"{part}/{name}", array)
-            archive.writestr("run.json", json.dumps({"identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "windows": model.c.windows(),
-                                                     "machine": _machine(model), "arrays": arrays}))
+            archive.writestr("run.json", json.dumps({
+                "identity": self.identity, "status": status, "layer_kinds": model.layer_kinds, "windows": model.c.windows(),
+                "machine": _machine(model), "arrays": arrays}))
 
     def record(self, record):
         if not ranks().first:
