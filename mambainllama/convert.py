@@ -6,6 +6,7 @@ import numpy as np
 from .calibrate import LENGTH, calibrate, sample
 from .config import LARGEST, MAMBAS, MIXERS, SINKS, WINDOW, architecture
 from .data import Batches, read
+from .model import need_model
 from .parity import parity
 
 FRACTIONS = (0.5, 0.25, 0.125, 0)
@@ -119,6 +120,7 @@ def convert(teacher, mamba_layers=None, mixer="mamba2", init="attention", seed=0
     mamba_layers: the layers to replace, or attention=0.5 | 0.25 | 0.125 | 0: the share of layers that keep attention, placed
     as in the paper (kept_attention). data: for init "calibrated", as for distill. Other arguments and errors as convert_layers.
     """
+    need_model(teacher, "convert: teacher")
     kinds = teacher.layer_kinds
     if (mamba_layers is None) == (attention is None):
         raise ValueError("give either mamba_layers or attention")

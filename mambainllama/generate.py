@@ -17,7 +17,7 @@ from time import perf_counter
 
 import numpy as np
 
-from .model import Model, State
+from .model import Model, State, need_model
 
 PART = {"cpu": 256, "cuda": 1024}  # part_size, by device
 MAX_LOOKAHEAD = 15  # last token + lookahead <= 16 tokens, the calls in which a row's bits are its own (FEW in ops.h)
@@ -85,6 +85,7 @@ def generate(model, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=
     ValueError, in one sentence: an empty prompt, an id outside the vocabulary, text for a model without a tokenizer, a value
     out of range or not one a prompt, a draft of another vocabulary."""
     began = perf_counter()
+    need_model(model, "generate: model")
     prompts = encode_prompts(model, prompts)
     n = len(prompts)
     limit = _each("max_new_tokens", max_new_tokens, n, np.int32, lambda v: v >= 0, "0 or more")

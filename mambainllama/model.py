@@ -374,6 +374,12 @@ class Model:
             raise ValueError(f"student and teacher must be on one backend, got {self.module.__name__} and {teacher.module.__name__}")
 
 
+def need_model(value, name):
+    """ValueError in one sentence if it is none, such as a folder's name."""
+    if not isinstance(value, Model):
+        raise ValueError(f"{name} must be a model, as mil.load(folder) gives one, not {value!r:.60}")
+
+
 class State:
     """What decoding remembers of `batch` sequences of up to `capacity` tokens: K/V rows, conv inputs, SSM checkpoints and the
     ring of inputs not yet folded into them.  `pos` moves only when tokens are committed.  ValueError for sizes below 1."""

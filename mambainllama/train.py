@@ -30,7 +30,7 @@ from . import checkpoint
 from .cache import Cache
 from .config import said
 from .convert import convert_layers
-from .model import DTYPES, fits
+from .model import DTYPES, fits, need_model
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .parallel import ranks
 from .preference import Preference
@@ -54,6 +54,7 @@ def distill(student, teacher, data, recipe, out=None, progress=None):
     being padding), "recipe", "history" (path of metrics.jsonl), "model" (folder of the trained model); the last two are None without out.
     ValueError: bad recipe or data, models that do not fit, out holds another run. OSError: out cannot be written; the checkpoint
     before is intact. Ctrl-C: the micro-batch ends, a checkpoint is written, KeyboardInterrupt is raised; a second one does not wait."""
+    need_model(student, "distill: student")
     if student is teacher:
         raise ValueError("student and teacher are one model; mil.convert(teacher, mamba_layers=[]) makes a student that shares its weights")
     recipe = load_recipe(recipe)
@@ -76,6 +77,7 @@ def sft(model, data, recipe, out=None, progress=None):
 
 
 def _train(model, data, recipe, out, progress, answers=False):
+    need_model(model, "train: model")
     recipe = load_recipe(recipe, **NO_TEACHER)
     for stage in (settings(recipe, stage) for stage in recipe["stages"]):
         if stage["kl"] or stage["align"]:
@@ -91,6 +93,7 @@ def dpo(model, data, recipe, reference="start", out=None, progress=None):
     log-probabilities are computed before the first step and kept in out/reference.npz, so that it is not needed after that.
     recipe: as for train, without kl and ce; and beta, label_smoothing, preference, prompt_length; batch counts pairs. Metrics: margin,
     accuracy, chosen and rejected (log-probabilities), kl. Everything else as distill."""
+    need_model(model, "dpo: model")
     recipe = load_recipe(recipe, **NO_TEACHER)
     if any(stage["kl"] or stage["ce"] != 1 or stage["align"] for stage in (settings(recipe, stage) for stage in recipe["stages"])):
         raise ValueError("recipe: kl, ce and align are of other objectives; dpo has beta")

@@ -253,6 +253,14 @@ def test_stop_strings_and_streaming(spoken, lookahead):
     assert sum(row.finish == "stop" for row in out) >= 3
 
 
+@pytest.mark.parametrize("call, name", [(lambda: mil.generate("folder", "x"), "generate: model"), (lambda: mil.convert("folder", attention=0.5), "convert: teacher"),
+                                        (lambda: mil.distill("folder", "x", [], {"steps": 1}), "distill: student"),
+                                        (lambda: mil.sft("folder", [], {"steps": 1}), "train: model"), (lambda: mil.dpo("folder", [], {"steps": 1}), "dpo: model")])
+def test_a_folder_s_name_is_no_model(call, name):
+    with pytest.raises(ValueError, match=f"{name} must be a model, as mil.load\\(folder\\) gives one, not 'folder'"):
+        call()
+
+
 def says(monkeypatch, model, text):
     """From here on `model` answers a prompt of one token with the bytes of `text`, whatever it is."""
     answer = [*model.tokenizer.encode(text), 0]
