@@ -231,9 +231,26 @@ static void score(float *s, const Attention *a, const Keys *keys, const float *q
     }
 }
 
-/* Rows r .. r+R meet the keys of depths e .. min(e+KEYS, high). */
+/* o (R,wide) += s (R,KEYS) times the values of entries j .. end of the block of depths e .. */
+static void add_values(const Attention *a, const Tile *u, const Keys *keys, size_t r, size_t R, size_t e, size_t j, size_t end) {
+  const size_t P = a->P, wide = a->wide;
+  float *o = u->o + r * wide;
+  if (P < wide || !a->few) { /* many rows read them often: close together */
+    if (j < end) gemm(o, wide, u->s + j, KEYS, 1, u->v + j * wide, wide, R, wide, end - j, 1);
+    return;
+  }
+  for (size_t m; j < end; j += m) { /* the same sums */
+    m = end - j;
+    const real *v = run_of(a, keys, a->vcache, a->v, e + j, &m);
+    gemm(o, wide, u->s + j, KEYS, 1, v, a->G * P, R, wide, m, 1);
+  }
+}
+
+/* Rows r .. r+R meet the keys of depths e .. min(e+KEYS, high). What no row sees, sinks and window apart, may be a rejected token's,
+ * even NaN, and is left out. */
 static void attend_block(const Attention *a, const Tile *u, const Keys *keys, size_t r, size_t R, size_t e, size_t high) {
   const size_t P = a->P, wide = a->wide, count = min(KEYS, high - e);
+  size_t sunk = 0, from = count;
   if (a->few) {
     score(u->s, a, keys, u->q + r * P, R, e, count);
   } else {
@@ -242,21 +259,16 @@ static void attend_block(const Attention *a, const Tile *u, const Keys *keys, si
   }
   for (size_t i = 0; i < R; i++) {
     const Part part = part_of(a, a->seen + u->b * a->T + u->t + (r + i) / a->rep % u->n, e, count);
-    if (is_empty(&part))
+    if (is_empty(&part)) {
       memset(u->s + i * KEYS, 0, KEYS * sizeof *u->s);
-    else
-      softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, &part, wide);
+      continue;
+    }
+    softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, &part, wide);
+    sunk = max(sunk, part.sunk), from = min(from, part.from);
   }
-  if (P < wide || !a->few) { /* many rows read them often: close together */
-    load_rows(u->v, a, keys, a->vcache, a->v, e, count);
-    gemm(u->o + r * wide, wide, u->s, KEYS, 1, u->v, wide, R, wide, count, 1);
-    return;
-  }
-  for (size_t j = 0, m; j < count; j += m) { /* the same sums */
-    m = count - j;
-    const real *v = run_of(a, keys, a->vcache, a->v, e + j, &m);
-    gemm(u->o + r * wide, wide, u->s + j, KEYS, 1, v, a->G * P, R, wide, m, 1);
-  }
+  if (P < wide || !a->few) load_rows(u->v, a, keys, a->vcache, a->v, e, count);
+  add_values(a, u, keys, r, R, e, 0, sunk);
+  add_values(a, u, keys, r, R, e, max(sunk, from), count);
 }
 
 /* A chain's keys serve all rows of a group. A tree's serve them up to the last block that lies in the cache whole; from there

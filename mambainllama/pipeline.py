@@ -31,7 +31,7 @@ from .generate import generate
 from .info import count_kinds, training_memory
 from .model import fits
 from .parallel import ranks
-from .recipe import DEFAULTS, NO_TEACHER, identity, known, load_recipe, read_recipe, settings
+from .recipe import DEFAULTS, NO_TEACHER, check, identity, known, load_recipe, mixer_of, read_recipe, settings
 from .report import curves, image, page, table
 from .train import distill, dpo, sft, train
 from .weights import replacing, writing
@@ -101,12 +101,21 @@ def load_plan(recipe):
     for i, (name, part) in enumerate(plan["run"]):
         if name != "cache":
             continue
+        here = f"{where}: run[{i}]: cache"
         taught = next((other for after, other in plan["run"][i + 1:] if after == "distill"), None)
         if not taught:
-            raise ValueError(f"{where}: run[{i}]: cache: no distill part comes after it")
-        if any(settings(taught, stage)["align"] for stage in taught["stages"]):
-            raise ValueError(f"{where}: run[{i}]: cache: the distill part after it has align, which needs the teacher's layers")
-        part |= {"data": taught["data"], "length": taught["length"], "temperature": settings(taught, taught["stages"][0])["temperature"]}
+            raise ValueError(f"{here}: no distill part comes after it")
+        stages = [settings(taught, stage) for stage in taught["stages"]]
+        temperatures = {stage["temperature"] for stage in stages if stage["kl"]}
+        for wrong, what in ((any(stage["align"] for stage in stages), "has align, which needs the teacher's layers"),
+                            (len(temperatures) > 1, f"has temperatures {sorted(temperatures)}, and a cache is of one"),
+                            ("cache" in taught, "has a cache already"),
+                            (taught["data"] in [Path(f"{n + 1}-answer/answers.jsonl") for n in range(i, len(plan["run"]))],
+                             "learns from answers that come after the cache")):
+            if wrong:
+                raise ValueError(f"{here}: the distill part after it {what}")
+        part |= {key: check(here, key, part[key]) for key in ("k", "batch") if key in part}
+        part |= {"data": taught["data"], "length": taught["length"], "temperature": temperatures.pop() if temperatures else 1.0}
         taught["cache"] = f"{i + 1}-cache"
     return plan
 
@@ -291,7 +300,7 @@ def _describe(plan):
             lines.append(f"    {count_kinds(kinds)}")
             continue
         for j, stage in enumerate(settings(part, stage) for stage in part["stages"]):
-            now = _converted(kinds, stage["mamba_layers"], None, stage["mixer"] or next((k for k in kinds if k != "attention"), "mamba2"))
+            now = _converted(kinds, stage["mamba_layers"], None, mixer_of(stage, kinds))
             fresh, kinds = [n for n, (a, b) in enumerate(zip(kinds, now)) if a != b], now
             arch = _with(start, kinds)
             trained = sum(prod(shape) for key, shape in shapes(arch).items() if fits(key, stage["train"]))

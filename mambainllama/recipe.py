@@ -70,7 +70,7 @@ def load_recipe(recipe, **defaults):
     if len(lengths) != 1:
         raise ValueError(f"{where}: give one of steps, epochs and stages, " + (f"not {' and '.join(lengths)}" if lengths else "and it has none"))
     given = {**DEFAULTS, **defaults, **{key: recipe[key] for key in recipe if key in DEFAULTS}}
-    checked = {key: _check(where, key, value) for key, value in given.items()}
+    checked = {key: check(where, key, value) for key, value in given.items()}
     if checked["batch"] * checked["length"] > MOST:
         raise ValueError(f"{where}: batch * length must be at most {MOST} tokens, not {checked['batch']} * {checked['length']}")
     stages = recipe.get("stages", [{key: recipe[key] for key in lengths}])
@@ -125,6 +125,11 @@ def settings(recipe, stage):
     return {**recipe, **stage}
 
 
+def mixer_of(stage, kinds):
+    """What a stage makes of the layers that it converts, in a model of these layer_kinds."""
+    return stage["mixer"] or next((kind for kind in kinds if kind != "attention"), "mamba2")
+
+
 def identity(recipe):
     """The recipe without what its run's numbers do not depend on: how far recall may fall."""
     return {**recipe, "guard": {**recipe["guard"], "limit": None}} if recipe.get("guard") else recipe
@@ -137,7 +142,7 @@ def _stage(where, stage, recipe):
     given = {"mamba_layers": None, "steps": None, "epochs": None, "mixer": recipe["mixer"], "init": recipe["init"], **stage}
     if (given["steps"] is None) == (given["epochs"] is None):
         raise ValueError(f"{where}: " + ("steps is missing" if given["steps"] is None else "give either steps or epochs, not both"))
-    checked = {key: None if key in ("steps", "epochs") and value is None else _check(where, key, value) for key, value in given.items()}
+    checked = {key: None if key in ("steps", "epochs") and value is None else check(where, key, value) for key, value in given.items()}
     now = settings(recipe, checked)
     if not now["align"] and now["kl"] == 0 and now["ce"] == 0:
         raise ValueError(f"{where}: kl and ce are both 0, so there is nothing to learn")
@@ -148,7 +153,8 @@ def _stage(where, stage, recipe):
     return checked
 
 
-def _check(where, key, value):
+def check(where, key, value):
+    """The value of a key of RULES as it is kept. ValueError: it is none."""
     convert, must = RULES[key]
     try:
         return convert(value)
@@ -245,5 +251,5 @@ RULES = {  # key: (what converts a value or raises, what it must be)
     "align": _choice(None, "mixer", "hidden"), "on_policy": (_flag, "true or false"),
     "mixer": _choice(None, *MIXERS), "window": _optional(_integer(1, LARGEST)), "sinks": _optional(_integer(0, LARGEST)),
     "init": _choice(*INITS), "steps": _integer(1), "epochs": _number(0, open_low=True),
-    "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")),
+    "mamba_layers": _optional((_layers, "a list of different layer numbers from 0 up")), "k": _integer(1),  # k: of a cache
 }

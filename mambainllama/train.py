@@ -28,14 +28,14 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cache import Cache
-from .config import said
+from .config import SINKS, said
 from .convert import convert_layers
 from .model import DTYPES, fits, need_model
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .parallel import ranks
 from .preference import Preference
 from .recall import recall, recall_guard
-from .recipe import DEFAULTS, NO_TEACHER, identity, load_recipe, settings
+from .recipe import DEFAULTS, NO_TEACHER, identity, load_recipe, mixer_of, settings
 from .weights import replacing, writing
 
 
@@ -245,12 +245,24 @@ def _fell(status, guard):
 
 
 def _check_layers(model, stages):
-    """Every stage names layers that the model has."""
-    count = len(model.layer_kinds)
+    """Every stage names layers that the model has, and window and sinks as convert_layers will take them."""
+    kinds, (windows, sinks) = model.layer_kinds, model.c.windows()
+    sinks = sinks if any(windows) else None
     for i, stage in enumerate(stages):
         for layer in stage["mamba_layers"] or []:
-            if layer >= count:
-                raise ValueError(f"recipe: stages[{i}]: mamba_layers has layer {layer}, and the model has layers 0 to {count - 1}")
+            if layer >= len(kinds):
+                raise ValueError(f"recipe: stages[{i}]: mamba_layers has layer {layer}, and the model has layers 0 to {len(kinds) - 1}")
+        fresh, mixer = [layer for layer in stage["mamba_layers"] or [] if kinds[layer] == "attention"], mixer_of(stage, kinds)
+        if not fresh:
+            continue
+        if mixer != "window" and (stage["window"], stage["sinks"]) != (None, None):
+            raise ValueError(f"recipe: stages[{i}]: window and sinks go with mixer 'window', not with {mixer!r}")
+        if mixer == "window" and sinks is not None and stage["sinks"] not in (None, sinks):
+            raise ValueError(f"recipe: stages[{i}]: sinks is {stage['sinks']}, and the window layers before it have {sinks}: all have the same")
+        if mixer == "window" and sinks is None:
+            sinks = SINKS if stage["sinks"] is None else stage["sinks"]
+        for layer in fresh:
+            kinds[layer] = mixer
 
 
 def _start(model, stage, data):
@@ -261,9 +273,8 @@ def _start(model, stage, data):
         if more:
             raise ValueError(f"the student's layers {more} are Mamba already, and mamba_layers {stage['mamba_layers']} of its stage lacks them")
         fresh = [i for i in stage["mamba_layers"] if i not in mamba]
-        mixer = stage["mixer"] or (model.layer_kinds[mamba[0]] if mamba else "mamba2")
         if fresh:
-            convert_layers(model, fresh, mixer, stage["init"], stage["seed"], data=data, window=stage["window"], sinks=stage["sinks"])
+            convert_layers(model, fresh, mixer_of(stage, model.layer_kinds), stage["init"], stage["seed"], data=data, window=stage["window"], sinks=stage["sinks"])
     model.trainable(stage["train"], stage["gradients"])
     for name, (m, _, master) in ranks().moments(model, everywhere=True):
         zero = np.zeros(m.shape, DTYPES[stage["moments"]])

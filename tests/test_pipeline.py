@@ -130,6 +130,10 @@ def test_own_recipes_describe_themselves(name):
     (lambda r: r["run"].append({"cache": {"k": 8}}), "run\\[5\\]: cache: no distill part comes after it"),
     (lambda r: r["run"].insert(0, {"cache": {"length": 8}}), "unknown key 'length'"),
     (lambda r: r["run"].insert(2, {"cache": {}}) or r["run"][3]["distill"]["stages"][0].update(align="hidden"), "run\\[2\\]: cache: .* has align"),
+    (lambda r: r["run"].insert(0, {"cache": {"k": 0}}), "run\\[0\\]: cache: the distill part after it learns from answers that come after the cache"),
+    (lambda r: r["run"].insert(1, {"cache": {"k": "8"}}), "run\\[1\\]: cache: k must be an integer from 1 up, not '8'"),
+    (lambda r: (r["run"][2]["distill"]["stages"][1].update(temperature=2), r["run"].insert(1, {"cache": {}})), "temperatures \\[1.0, 2.0\\], and a cache is of one"),
+    (lambda r: r["run"].__setitem__(slice(1, 1), [{"cache": {}}] * 2), "run\\[2\\]: cache: the distill part after it has a cache already"),
     (lambda r: r.pop("teacher"), "names no teacher"),
 ])
 def test_a_bad_recipe_is_one_sentence(folder, tmp_path, change, says):

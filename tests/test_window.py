@@ -168,3 +168,31 @@ def test_the_command_line(tmp_path, capsys):
     for wrong in (["window", "--window", "0"], ["mamba2", "--sinks", "3"]):
         capsys.readouterr()
         assert main([*convert, *wrong]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("stages, says", [
+    ([{"mamba_layers": [0], "steps": 1}, {"mamba_layers": [0, 1], "steps": 1, "window": 5}], "stages\\[1\\]: window and sinks go with mixer 'window', not with 'mamba2'"),
+    ([{"mamba_layers": [0], "steps": 1, "mixer": "window"}, {"mamba_layers": [0, 1], "steps": 1, "sinks": 3}], "stages\\[1\\]: sinks is 3, and the window layers before it have 4"),
+])
+def test_a_stage_to_come_is_refused_at_the_start(stages, says):
+    teacher = mil.random(CONFIG, seed=1)
+    student = mil.convert(teacher, [])
+    with pytest.raises(ValueError, match=says):
+        mil.distill(student, teacher, rows(1, 4), {"stages": stages, "length": 16, "batch": 2})
+    assert student.layer_kinds == teacher.layer_kinds
+
+
+def test_what_is_over_leaves_nothing_behind_even_nan(device):
+    """A sequence before a reset, and tokens that were rejected when the window's entries had taken turns."""
+    model = mil.random(HYBRIDS["windows with sinks, identity"], seed=1, **device.how)
+    bad, embeddings = 60, model.get("model.embed_tokens.weight")
+    embeddings[bad] = np.inf
+    model.set("model.embed_tokens.weight", embeddings)
+    used, fresh, ids = mil.State(model, 2, 70), mil.State(model, 2, 70), tokens(2, 70) % bad
+    assert np.isnan(model.logits(np.full((2, 70), bad), used, last=1)).all()
+    used.copy(1, 0)
+    used.reset()
+    for at in range(0, 64, 8):
+        model.logits(np.full((2, 5), bad), used, keep=0)
+        got, want = (model.logits(ids[:, at : at + 8], state) for state in (used, fresh))
+        assert np.isfinite(want).all() and np.array_equal(got, want), at
