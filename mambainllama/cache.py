@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .config import read_json, said
 from .convert import convert
 from .data import Batches, read
-from .parallel import ranks
+from .parallel import lost, ranks
 from .recipe import load_recipe, settings
 from .weights import replacing, writing
 
@@ -48,7 +48,7 @@ def cache(teacher, data, out, length=2048, k=32, temperature=1.0, batch=8, stude
         raise ValueError(f"cache: k must be an integer from 1 to the vocabulary's {vocab}, not {k!r}")
     if student and (student.module is not teacher.module or student.config["vocab_size"] != vocab):
         raise ValueError("cache: teacher and student must be on one backend and have one vocabulary")
-    with ranks().job():
+    with ranks().job(lost(out)):
         return _cache(teacher, data, Path(out), length, int(k), temperature, batch, student, progress if ranks().first else False)
 
 

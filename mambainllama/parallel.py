@@ -54,6 +54,11 @@ def ranks():
     return Ranks(MPI)
 
 
+def lost(out=None):
+    """What a job says that ended early; the same command goes on from `out`."""
+    return "mambainllama: the job ended early, a rank lost or killed" + (f"; the same command goes on from {out}" if out is not None else "")
+
+
 class Ranks:
     """The ranks of the job, seen from one of them; without MPI, the only one. first: the one that writes and speaks."""
 

@@ -32,7 +32,7 @@ from .config import SINKS, said
 from .convert import convert_layers
 from .model import DTYPES, fits, need_model
 from .objectives import LanguageModelling, evaluate, plus, share_of
-from .parallel import ranks
+from .parallel import lost, ranks
 from .preference import Preference
 from .recall import recall, recall_guard
 from .recipe import DEFAULTS, NO_TEACHER, identity, load_recipe, mixer_of, settings
@@ -111,8 +111,7 @@ METRICS = ("loss", "ce", "kl", "error", "margin", "accuracy", "chosen", "rejecte
 
 def run(model, goal, data, recipe, out=None, progress=None):
     """The loop behind distill, train and dpo. goal: the objective; recipe as load_recipe returns it."""
-    lost = "mambainllama: the job ended early, a rank lost or killed" + (f"; the same command goes on from {out}" if out is not None else "")
-    with ranks().job(lost):
+    with ranks().job(lost(out)):
         return _run(model, goal, data, recipe, out, progress if ranks().first else False)
 
 

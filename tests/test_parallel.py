@@ -205,6 +205,9 @@ def test_the_command(tmp_path):
     wrong = mpirun(*command, "--set", "length=21")
     ours = [line for line in wrong.stdout.splitlines() if "mambainllama" in line]
     assert wrong.returncode and len(ours) == 1 and "began with length 20, not 21" in ours[0], wrong.stdout
+    done = mpirun("-m", "mambainllama", "cache", tmp_path / "teacher", "--data", tmp_path / "data.jsonl", "--k", "4", "--length", "20", "--out", tmp_path / "cached")
+    ours = [line for line in done.stdout.splitlines() if "likeliest" in line]
+    assert done.returncode == 0 and len(ours) == 1 and (tmp_path / "cached" / "tail.npy").exists(), done.stdout
 
 
 def test_a_whole_recipe(recipe_folder, tmp_path):  # noqa: F811
