@@ -242,10 +242,14 @@ void state_reset(State *s, size_t slot) {
   s->pos[slot] = s->pending[slot] = s->seen[slot] = 0;
 }
 
+size_t state_read(const State *s, const Cache *c, size_t slot) {
+  const size_t n = (size_t)(s->pos[slot] + s->pending[slot]);
+  return c->masked && n < c->rows ? n : c->rows;
+}
+
 void state_copy(State *s, size_t to, size_t from) {
   if (to == from) return;
-  const size_t read = (size_t)(s->pos[from] + s->pending[from]);
-  FOR_CACHES(s, c) device_copy(slot_data(c, to), slot_data(c, from), (c->masked && read < c->rows ? read : c->rows) * c->row_bytes);
+  FOR_CACHES(s, c) device_copy(slot_data(c, to), slot_data(c, from), state_read(s, c, from) * c->row_bytes);
   s->pos[to] = s->pos[from];
   s->pending[to] = s->pending[from];
   s->seen[to] = s->seen[from];

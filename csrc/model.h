@@ -262,6 +262,7 @@ int model_round(Model *m, State *s, Model *draft, State *draft_state, const Roun
 int state_init(State *s, const Model *m);
 void state_free(State *s);
 void state_reset(State *s, size_t slot);
+size_t state_read(const State *s, const Cache *c, size_t slot); /* how many of the slot's entries, the first ones, may be read */
 void state_copy(State *s, size_t to, size_t from);
 void state_commit(State *s, size_t slot, size_t n, const int32_t *path); /* path NULL: the first n pending */
 

@@ -979,6 +979,10 @@ static PyObject *state_dump(PyObject *self, PyObject *none) {
     npy_intp n = (npy_intp)(s->slots * c->rows * c->row_bytes);
     PyObject *array = PyArray_SimpleNew(1, &n, NPY_UINT8);
     if (array) device_pull(PyArray_DATA((PyArrayObject *)array), c->data, (size_t)n);
+    for (size_t b = 0; array && b < s->slots; b++) { /* not what a sequence before has left */
+      const size_t read = state_read(s, c, b);
+      memset((char *)PyArray_DATA((PyArrayObject *)array) + (b * c->rows + read) * c->row_bytes, 0, (c->rows - read) * c->row_bytes);
+    }
     if (!array || PyList_Append(list, array)) Py_CLEAR(list);
     Py_XDECREF(array);
   }

@@ -255,6 +255,11 @@ def test_state_copy_save_load_reset(name, tmp_path, device):
     model.logits(ids[:, 37:42], state, keep=0)
     state.save(tmp_path / "state.npz")
     other = mil.State(model, 2, 100)
+    model.logits(tokens(2, 90, 3), other, last=0)
+    other.reset()
+    other.save(tmp_path / "empty.npz")
+    with np.load(tmp_path / "empty.npz") as file:  # nothing of the sequences before
+        assert not any(file[key].any() for key in file.files)
     other.load(tmp_path / "state.npz")
     state.commit([2, 3])
     other.commit([2, 3])
