@@ -353,7 +353,8 @@ class Folder:
             was, now = (values.get(key, DEFAULTS.get(key)) for values in (run["identity"], self.identity))
             if was != now:
                 shown = key == "stages" or key in DEFAULTS and key != "eval_data"
-                what = f"began with {key} {was!r}, not {now!r}" if shown else f"began with another {key}"
+                name = "reference ('start' is the model as it came: load it again)" if (key, self.identity["objective"]) == ("teacher", "Preference") else key
+                what = f"began with {key} {was!r}, not {now!r}" if shown else f"began with another {name}"
                 raise _Other(f"{self.path} holds a run that {what}; go on with the same, or name another folder")
         for key, now in _machine(model).items():
             was = run["machine"].get(key, 1)

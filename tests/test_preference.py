@@ -167,7 +167,7 @@ def test_resumed_to_the_same_bits_without_the_reference_again(tmp_path, monkeypa
 
 def test_another_reference_is_another_run(tmp_path):
     mil.dpo(hybrid(), rows(), {**PLAN, "steps": 2}, hybrid(2), out=tmp_path)
-    with pytest.raises(ValueError, match="began with another teacher"):
+    with pytest.raises(ValueError, match="began with another reference"):
         mil.dpo(hybrid(), rows(), {**PLAN, "steps": 2}, hybrid(3), out=tmp_path)
 
 
