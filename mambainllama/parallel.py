@@ -3,7 +3,8 @@
 The rows of a step are dealt out to the ranks, and each computes the gradients of its own. A reduce-scatter gives each rank the sum of one of
 equal parts of the gradient arena; it moves the weights of that part, whose moments and float32 master weights it alone keeps; and an
 all-gather gives them to the others, in the dtype that they are stored in (ZeRO's first stage, Rajbhandari et al. 2020, arXiv 1910.02054).
-On a CPU MPI does both, between GPUs NCCL, in the order of the model's own stream.
+On a CPU MPI does both, between GPUs NCCL, in the order of the model's own stream. Gradients in bf16 lie before the others and are shared out
+likewise; MPI adds them in float32, NCCL in bf16.
 
 What ranks tell each other goes through every(), and every exchange of arrays begins with one: there a rank that has failed says so instead,
 and all raise. A rank that is lost, killed or crashed, is mpirun's to see: it ends the job."""
