@@ -13,24 +13,17 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(
 
 from mambainllama import evaluate  # noqa: E402
 from mambainllama.evaluate.alpaca import JUDGE  # noqa: E402
+from mambainllama.evaluate.compare import compared  # noqa: E402
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("models", nargs="+", metavar="NAME=FOLDER")
-    p.add_argument("--out", required=True, help="a folder a model, and report.html; the same call goes on in it")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype")
     p.add_argument("--judge", default=JUDGE, help="a configuration of alpaca_eval")
     p.add_argument("--judge-model", help="the model to ask for, in place of the configuration's")
     p.add_argument("--instructions", help="JSON (default: the 805 of the hub)")
     p.add_argument("--reference", help="JSON (default: the hub's)")
-    p.add_argument("--batch", type=int)
     p.add_argument("--max-new-tokens", type=int, default=2048)
-    p.add_argument("--limit", type=int)
-    args = vars(p.parse_args())
-    models = dict(model.split("=", 1) for model in args.pop("models"))
-    found = evaluate.compare(evaluate.alpaca, models, **args)["alpaca"]
+    found = compared(p, evaluate.alpaca)
     print(f"{'model':24} {'win rate':>9} {'error':>6} {'LC win rate':>12} {'length':>7}")
     for model, m in found["models"].items():
         print(f"{model:24} {m['win_rate']['value']:9.2f} {m['win_rate'].get('error', 0):6.2f} "

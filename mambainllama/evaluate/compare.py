@@ -1,10 +1,12 @@
 """One page that compares what evaluations left: a table a kind, paired differences with bootstrap intervals, figures."""
+import argparse
 import html
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
+from ..config import said
 from ..report import image, page, table
 from ..weights import replacing
 from . import figures
@@ -45,6 +47,29 @@ def compare(function, models, out, device="cpu", dtype=None, **how):
     for name, folder in models.items():
         function(load(folder, device=device, dtype=dtype), out=Path(out) / name, name=name, **how)
     return report([Path(out) / name for name in models], Path(out) / "report.html")
+
+
+def compared(parser, function):
+    """compare's numbers, as a script asks for them: parser has the arguments of function that the script adds; here come those of compare. What is
+    wrong is one sentence, and an exit."""
+    parser.add_argument("models", nargs="+", type=_named, metavar="NAME=FOLDER")
+    parser.add_argument("--out", required=True, help="a folder a model, and report.html; the same call goes on in it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--limit", type=int, help="only the first questions")
+    args = vars(parser.parse_args())
+    try:
+        return compare(function, dict(args.pop("models")), **args)[function.__name__]
+    except (ValueError, OSError) as error:
+        parser.error(said(error))
+
+
+def _named(text):
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, such as half=run/model, not {text!r}")
+    return name, folder
 
 
 def read(folder):
