@@ -28,7 +28,7 @@ from .config import architecture, mamba_config, read_folder
 from .convert import convert, replaced
 from .data import rows
 from .generate import generate
-from .info import count_kinds, training_memory
+from .info import count_kinds, readable, training_memory
 from .model import fits
 from .parallel import ranks
 from .recipe import DEFAULTS, NO_TEACHER, check, identity, known, load_recipe, mixer_of, read_recipe, settings
@@ -283,7 +283,7 @@ def _describe(plan):
         teacher = _architecture(plan, plan["teacher"])
     teacher, kinds, lines = teacher or start, list(start[1]["kinds"]), []
     real = 4 if plan["dtype"] == "float32" or plan["device"] == "cpu" and plan["dtype"] is None else 2
-    lines.append(f"{plan['start'] or plan['teacher'] or 'the recipe'}: {len(kinds)} layers ({count_kinds(kinds)}), {_count(start[1]) / 1e9:.2f} billion parameters, "
+    lines.append(f"{plan['start'] or plan['teacher'] or 'the recipe'}: {len(kinds)} layers ({count_kinds(kinds)}), {_amount(_count(start[1]))} parameters, "
                  f"{plan['dtype'] or ('float32' if real == 4 else 'bfloat16')} on {plan['device']}")
     total = seconds = 0
     for i, (name, part) in enumerate(plan["run"]):
@@ -313,7 +313,7 @@ def _describe(plan):
                                    shared=plan["start"] is None, gradients=stage["gradients"])
             lines.append(f"    stage {j + 1}: {count_kinds(kinds)}" + (f"; layers {', '.join(map(str, fresh))} are converted" if fresh else "")
                          + (f"; aligns {stage['align']}" if stage["align"] else ""))
-            lines.append(f"      {trained / 1e9:.2f} billion parameters learn ({', '.join(stage['train'])}), lr {stage['lr']:g} {stage['schedule']}, "
+            lines.append(f"      {_amount(trained)} parameters learn ({', '.join(stage['train'])}), lr {stage['lr']:g} {stage['schedule']}, "
                          f"{rows_a_step} rows a step = {tokens:,} tokens")
             hours = flops / SPEED / 3600
             if steps:
@@ -323,7 +323,7 @@ def _describe(plan):
             else:
                 lines.append(f"      {stage['epochs']:g} epochs; 1000 steps are {tokens / 1e3:,.0f} million tokens" +
                              (f" and about {1000 * hours:,.1f} hours" if plan["device"] != "cpu" else f" and {flops / 1e9:,.1f} PFLOP"))
-            lines.append(f"      about {held['total'] / 2**30:,.1f} GiB: " + ", ".join(f"{key} {value / 2**30:,.1f}" for key, value in held.items() if key != "total"))
+            lines.append(f"      about {readable(held.pop('total'))}: " + ", ".join(f"{key} {readable(value)}" for key, value in held.items()))
     if plan["start"] and teacher is start:
         lines.append("the teacher is counted as if it had the shape of the model that is converted")
     if total:
@@ -331,6 +331,10 @@ def _describe(plan):
     if plan["device"] != "cpu":
         lines.append(f"hours are those of one H200, at {SPEED / 1e12:.0f} TFLOP/s of matrix products")
     return "\n".join(lines)
+
+
+def _amount(n):
+    return f"{n / 1e9:.2f} billion" if n >= 1e8 else f"{n:,}"
 
 
 def _architecture(plan, folder):

@@ -104,7 +104,7 @@ def test_killed_between_steps_it_goes_on(folder, tmp_path):
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder, tmp_path):
     text = mil.run(recipe(folder), tmp_path / "none", dry_run=True)
-    assert "3 distill" in text and "2 mamba2, 2 attention" in text and "layers 1 are converted" in text and "512 tokens" in text and "GiB" in text
+    assert "3 distill" in text and "2 mamba2, 2 attention" in text and "layers 1 are converted" in text and "512 tokens" in text and "MiB" in text
     assert not (tmp_path / "none").exists()
 
 
