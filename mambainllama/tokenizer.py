@@ -172,11 +172,12 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if i < first or message["role"] != "assistant":
                 continue
-            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
-            if not (text.startswith(after) and after.startswith(before)):
+            asked, before, after = self._render(messages[:i], False), self._render(messages[:i], True), self._render(messages[:i + 1], False)
+            begin = len(os.path.commonprefix([before, after]))  # a prompt may end in what an answer does not begin with, such as <think>
+            if not text.startswith(after) or begin < min(len(asked), len(before)):
                 raise ValueError(f"{self.folder}: the chat template renders message {i} differently once others follow, so its "
                                  "answer cannot be located; a template with {% generation %} blocks would say where it is")
-            spans.append((len(before), len(after)))
+            spans.append((begin, len(after)))
         return spans
 
 

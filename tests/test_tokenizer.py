@@ -198,6 +198,17 @@ def test_marks_survive_macros_and_look_alikes(tmp_path):
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == " \n\n "
 
 
+def test_a_prompt_may_end_in_what_an_answer_does_not_begin_with(tmp_path):
+    """As DeepSeek-R1's templates do, which drop an answer's thoughts."""
+    template = "{% for m in messages %}<|start|>{{ m.role }}|{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}" \
+               "{% if add_generation_prompt %}<|start|>assistant|<think>\n{% endif %}"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>cd"}, {"role": "user", "content": "e"},
+            {"role": "assistant", "content": "fg"}]
+    tokenizer = with_template(tmp_path, template)
+    ids, mask = tokenizer.encode_chat_with_mask(chat)
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m], skip_special_tokens=False) == "cd<|end|>fg<|end|>"
+
+
 def test_templates_that_hide_their_answers_are_refused(tmp_path):
     last_only = "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}{% endfor %}"
     with pytest.raises(ValueError, match="message 2 differently once others follow"):
