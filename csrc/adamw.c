@@ -19,10 +19,6 @@ typedef struct {
 
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 
-static void widen(float *to, const uint16_t *from, size_t n) {
-  for (size_t i = 0; i < n; i++) to[i] = bf16_to_float(from[i]);
-}
-
 static void narrow(const AdamW *a, const float *m, const float *v, size_t from, size_t n) {
   uint16_t *to_m = (uint16_t *)a->m + from, *to_v = (uint16_t *)a->v + from;
   uint32_t word[4];
@@ -40,17 +36,17 @@ static void update(const AdamW *a, size_t from, size_t n) {
   const float *restrict grad = a->grad.type == FLOAT32 ? (const float *)a->grad.data + from : wide[2];
   const float lr = a->lr, b1 = a->b1, b2 = a->b2, eps = a->eps, decay = a->decay, gscale = a->gscale, c1 = a->c1, c2 = a->c2;
   if (a->halves) {
-    widen(m, (const uint16_t *)a->m + from, n);
-    widen(v, (const uint16_t *)a->v + from, n);
+    bf16_to_floats(m, (const uint16_t *)a->m + from, n);
+    bf16_to_floats(v, (const uint16_t *)a->v + from, n);
   }
-  if (a->grad.type != FLOAT32) widen(wide[2], (const uint16_t *)a->grad.data + from, n);
+  if (a->grad.type != FLOAT32) bf16_to_floats(wide[2], (const uint16_t *)a->grad.data + from, n);
   for (size_t i = 0; i < n; i++) {
     float g = gscale * grad[i];
     m[i] = b1 * m[i] + (1 - b1) * g;
     v[i] = b2 * v[i] + (1 - b2) * g * g;
     w[i] -= lr * (m[i] * c1 / (sqrtf(v[i] * c2) + eps) + decay * w[i]);
   }
-  for (size_t i = from; a->rounded && i < from + n; i++) a->rounded[i] = float_to_bf16(a->w[i]);
+  if (a->rounded) floats_to_bf16(a->rounded + from, w, n);
   if (a->halves) narrow(a, m, v, from, n);
 }
 

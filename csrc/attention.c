@@ -233,16 +233,16 @@ static void score(float *s, const Attention *a, const Keys *keys, const float *q
 
 /* o (R,wide) += s (R,KEYS) times the values of entries j .. end of the block of depths e .. */
 static void add_values(const Attention *a, const Tile *u, const Keys *keys, size_t r, size_t R, size_t e, size_t j, size_t end) {
-  const size_t P = a->P, wide = a->wide;
+  const size_t wide = a->wide;
   float *o = u->o + r * wide;
-  if (P < wide || !a->few) { /* many rows read them often: close together */
+  if (!a->few) { /* many rows read them often: close together */
     if (j < end) gemm(o, wide, u->s + j, KEYS, 1, u->v + j * wide, wide, R, wide, end - j, 1);
     return;
   }
   for (size_t m; j < end; j += m) { /* the same sums */
     m = end - j;
     const real *v = run_of(a, keys, a->vcache, a->v, e + j, &m);
-    gemm(o, wide, u->s + j, KEYS, 1, v, a->G * P, R, wide, m, 1);
+    gemm(o, wide, u->s + j, KEYS, 1, v, a->G * a->P, R, wide, m, 1);
   }
 }
 
@@ -266,7 +266,7 @@ static void attend_block(const Attention *a, const Tile *u, const Keys *keys, si
     softmax_row(u->s + i * KEYS, u->o + (r + i) * wide, u->top + r + i, u->sum + r + i, &part, wide);
     sunk = max(sunk, part.sunk), from = min(from, part.from);
   }
-  if (P < wide || !a->few) load_rows(u->v, a, keys, a->vcache, a->v, e, count);
+  if (!a->few) load_rows(u->v, a, keys, a->vcache, a->v, e, count);
   add_values(a, u, keys, r, R, e, 0, sunk);
   add_values(a, u, keys, r, R, e, max(sunk, from), count);
 }

@@ -5,32 +5,26 @@
 
 typedef struct {
   void *to;
+  int type; /* of to; from is the other one */
   const void *from;
 } Copy;
 
-static void widen(void *arg, size_t i, size_t end, size_t worker) {
+static void convert(void *arg, size_t i, size_t end, size_t worker) {
   (void)worker;
   const Copy *c = arg;
-  float *restrict to = c->to;
-  const uint16_t *restrict from = c->from;
-  for (; i < end; i++) to[i] = bf16_to_float(from[i]);
-}
-
-static void narrow(void *arg, size_t i, size_t end, size_t worker) {
-  (void)worker;
-  const Copy *c = arg;
-  uint16_t *restrict to = c->to;
-  const float *restrict from = c->from;
-  for (; i < end; i++) to[i] = float_to_bf16(from[i]);
+  if (c->type == FLOAT32)
+    bf16_to_floats((float *)c->to + i, (const uint16_t *)c->from + i, end - i);
+  else
+    floats_to_bf16((uint16_t *)c->to + i, (const float *)c->from + i, end - i);
 }
 
 void copy_rows(void *dst, int dst_type, size_t to, Matrix src, size_t from, size_t n, size_t K) {
   const size_t size = dst_type == FLOAT32 ? 4 : 2, src_size = src.type == FLOAT32 ? 4 : 2;
-  Copy c = {(char *)dst + to * K * size, (const char *)src.data + from * K * src_size};
+  Copy c = {(char *)dst + to * K * size, dst_type, (const char *)src.data + from * K * src_size};
   if (dst_type == src.type)
     device_copy(c.to, c.from, n * K * size);
   else
-    parallel(dst_type == FLOAT32 ? widen : narrow, &c, n * K, 1);
+    parallel(convert, &c, n * K, 1);
 }
 
 typedef struct {

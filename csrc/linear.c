@@ -28,10 +28,6 @@ static const void *row_of(Matrix w, size_t row, size_t K) {
   return w.type == FLOAT32 ? (const void *)((const float *)w.data + row * K) : (const void *)((const uint16_t *)w.data + row * K);
 }
 
-static void widen(float *dst, const uint16_t *src, size_t n) {
-  for (size_t i = 0; i < n; i++) dst[i] = bf16_to_float(src[i]);
-}
-
 /* BLAS at one thread while any of our products runs; the caller's setting comes back with the last. */
 static pthread_mutex_t blas_lock = PTHREAD_MUTEX_INITIALIZER;
 static int blas_users, blas_before;
@@ -192,7 +188,7 @@ static void many_rows(const Linear *l, size_t m, size_t m_end, size_t o, size_t 
     step = end - o;
     if (l->w.type == BFLOAT16) {
       step = min(PANEL, step);
-      widen(scratch, row_of(l->w, o, K), step * K);
+      bf16_to_floats(scratch, row_of(l->w, o, K), step * K);
       w = scratch;
     }
     product('T', 'N', step, rows, K, w, K, l->x + m * K, K, add, l->y + m * O + o, O);
@@ -278,7 +274,7 @@ static void input_gradient(void *arg, size_t k, size_t end, size_t worker) { /* 
   }
   for (size_t o = 0, step; o < O; o += step) {
     step = min(PANEL, O - o);
-    for (size_t i = 0; i < step; i++) widen(panel + i * n, (const uint16_t *)row_of(l->w, o + i, K) + k, n);
+    for (size_t i = 0; i < step; i++) bf16_to_floats(panel + i * n, (const uint16_t *)row_of(l->w, o + i, K) + k, n);
     product('N', 'N', n, l->M, step, panel, n, l->x + o, O, l->add || o, l->y + k, K);
   }
 }
@@ -311,7 +307,7 @@ void embedding_forward(real *y, Matrix w, const int32_t *ids, size_t M, size_t C
     if (w.type == FLOAT32)
       memcpy(y + m * C, row_of(w, (size_t)ids[m], C), C * sizeof *y);
     else
-      widen(y + m * C, row_of(w, (size_t)ids[m], C), C);
+      bf16_to_floats(y + m * C, row_of(w, (size_t)ids[m], C), C);
 }
 
 void embedding_backward(float *dw, const real *dy, const int32_t *ids, size_t M, size_t C) {

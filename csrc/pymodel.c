@@ -239,9 +239,7 @@ static PyObject *model_raw(PyObject *self, PyObject *args) {
 static PyObject *widened(PyObject *raw) {
   if (!raw || PyArray_TYPE((PyArrayObject *)raw) == NPY_FLOAT32) return raw;
   PyObject *array = PyArray_SimpleNew(PyArray_NDIM((PyArrayObject *)raw), PyArray_DIMS((PyArrayObject *)raw), NPY_FLOAT32);
-  const uint16_t *half = PyArray_DATA((PyArrayObject *)raw);
-  for (npy_intp i = 0; array && i < PyArray_SIZE((PyArrayObject *)raw); i++)
-    ((float *)PyArray_DATA((PyArrayObject *)array))[i] = bf16_to_float(half[i]);
+  if (array) bf16_to_floats(PyArray_DATA((PyArrayObject *)array), PyArray_DATA((PyArrayObject *)raw), (size_t)PyArray_SIZE((PyArrayObject *)raw));
   Py_DECREF(raw);
   return array;
 }
@@ -290,11 +288,10 @@ static PyObject *set_param(ModelObject *self, PyObject *name, PyObject *value, i
   if (src.type != p->type) { /* converted on the host, then pushed */
     staged = malloc(param_bytes(p) + 1);
     if (!staged) return PyErr_NoMemory();
-    for (size_t i = 0; i < p->n; i++)
-      if (p->type == FLOAT32)
-        ((float *)staged)[i] = bf16_to_float(((const uint16_t *)src.data)[i]);
-      else
-        ((uint16_t *)staged)[i] = float_to_bf16(((const float *)src.data)[i]);
+    if (p->type == FLOAT32)
+      bf16_to_floats(staged, src.data, p->n);
+    else
+      floats_to_bf16(staged, src.data, p->n);
   }
   device_push(p->buffer->data, staged ? staged : src.data, param_bytes(p));
   free(staged);

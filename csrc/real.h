@@ -56,6 +56,14 @@ HD uint16_t float_to_bf16(float f) {
   return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : r);
 }
 
+/* n of them. */
+HD void bf16_to_floats(float *__restrict to, const uint16_t *__restrict from, size_t n) {
+  for (size_t i = 0; i < n; i++) to[i] = bf16_to_float(from[i]);
+}
+HD void floats_to_bf16(uint16_t *__restrict to, const float *__restrict from, size_t n) {
+  for (size_t i = 0; i < n; i++) to[i] = float_to_bf16(from[i]);
+}
+
 /* Larger floats have larger ranks; -0 ranks as 0. */
 HD uint32_t rank(float x) {
   uint32_t u = float_to_bits(x + 0.0f);

@@ -54,16 +54,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _parser():
-    top = _Parser(prog="mambainllama", description="Llama in, Mamba hybrid out: convert, distil, generate.",
-                  epilog="`mambainllama COMMAND --help` has examples of each. Where a model's folder is asked for, org/name is the hub's model.")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
+def _command_of(commands):
+    """What adds a command to `commands`: a function of its name, what runs it, its help and its examples; -> its parser."""
     def command(name, run, help_, example):
         p = commands.add_parser(name, help=help_, description=help_, epilog="examples:\n" + example,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run, parser=p)
         return p
+    return command
+
+
+def _parser():
+    top = _Parser(prog="mambainllama", description="Llama in, Mamba hybrid out: convert, distil, generate.",
+                  epilog="`mambainllama COMMAND --help` has examples of each. Where a model's folder is asked for, org/name is the hub's model.")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = _command_of(commands)
 
     def device(p):
         p.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: cpu)")
@@ -247,7 +253,7 @@ def _parser():
     from .evaluate import command as evaluations
     p = commands.add_parser("evaluate", help="Measure a model: AlpacaEval, MT-Bench, lm-evaluation-harness, long contexts.",
                             description="Measure a model; each has its own --help.")
-    evaluations.add(p, device_and_dtype)
+    evaluations.add(p, _command_of, device_and_dtype)
 
     p = command("info", _info, "What a folder holds: layers, parameters, bytes, tokenizer.", """\
   mambainllama info hybrid

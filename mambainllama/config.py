@@ -3,6 +3,7 @@
 Sources: Hugging Face transformers (configuration_{llama,mistral,qwen2,qwen3}.py, modeling_rope_utils.py) for the teacher's
 fields and their defaults, jxiw/MambaInLlama mamba/hybrid_mamba_config.py for the hybrid's. What would compute something
 other than what the file says is refused in one sentence, never guessed."""
+import importlib
 import json
 import math
 import os
@@ -31,6 +32,14 @@ def said(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def library(module, what, extra):
+    """The module. ValueError, one sentence: it is missing, `what` needs it, and which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{what} needs {module.partition('.')[0]}: pip install 'mambainllama[{extra}]'") from None
+
+
 def read_file(path):
     """The bytes of a regular file. ValueError: unreadable, a pipe or a folder, larger than a file of settings can be."""
     try:
@@ -48,15 +57,15 @@ def read_json(path):
     return parse_json(read_file(path), path)
 
 
-def parse_json(text, where, unique=False):
-    """The JSON object in UTF-8 bytes, as a dict. ValueError, which names `where`: not UTF-8, not JSON, not an object, and, with
-    unique, a key that occurs twice."""
+def parse_json(text, where, unique=False, what=dict):
+    """The JSON object in UTF-8 bytes, as a dict; what: list, the JSON list. ValueError, which names `where`: not UTF-8, not JSON, no such
+    thing, and, with unique, a key that occurs twice."""
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of 5,000 digits, nesting
         raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} holds a JSON {type(value).__name__}, expected an object")
+    if not isinstance(value, what):
+        raise ValueError(f"{where} holds a JSON {type(value).__name__}, expected {'an object' if what is dict else 'a list'}")
     return value
 
 

@@ -59,7 +59,7 @@ def convert_layers(student, layers, mixer="mamba2", init="attention", seed=0, ch
         raise ValueError(f"mixer is {mixer!r}, expected one of {', '.join(map(repr, MIXERS))}")
     if init not in INITS:
         raise ValueError(f"init is {init!r}, expected one of {', '.join(map(repr, INITS))}")
-    seen, mamba = _window(student, mixer, window, sinks), mixer in MAMBAS
+    seen, mamba = window_of(mixer, window, sinks, *student.c.windows()), mixer in MAMBAS
     if mamba and init == "calibrated" and not isinstance(data, Batches):
         raise ValueError("init 'calibrated' needs data to calibrate on: rows of chats, text or ids")
     layers = _layers(layers, len(student.layer_kinds))
@@ -95,13 +95,13 @@ def restore_layers(student, layers, source):
     student._names = None
 
 
-def _window(student, mixer, window, sinks):
-    """(window, sinks) of a conversion, (0, 0) where the mixer has none."""
+def window_of(mixer, window, sinks, windows, own, others="the model has window layers with"):
+    """(window, sinks) of a conversion, (0, 0) where the mixer has none. windows, own: the student's (0: no window layer) and its sinks, which
+    others speaks of. ValueError as convert_layers."""
     if mixer != "window":
         if window is not None or sinks is not None:
             raise ValueError(f"window and sinks go with mixer 'window', not with {mixer!r}")
         return 0, 0
-    windows, own = student.c.windows()
     have = any(windows)
     window = next(filter(None, windows), WINDOW) if window is None else window
     sinks = own if sinks is None and have else SINKS if sinks is None else sinks
@@ -109,7 +109,7 @@ def _window(student, mixer, window, sinks):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= LARGEST:
             raise ValueError(f"{name} is {value!r}, expected a number of tokens from {low} to {LARGEST}")
     if have and sinks != own:
-        raise ValueError(f"sinks is {sinks}, and the model has window layers with {own}: all have the same")
+        raise ValueError(f"sinks is {sinks}, and {others} {own}: all have the same")
     return int(window), int(sinks)
 
 

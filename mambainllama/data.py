@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .config import said
+from .config import library, said
 from .weights import read_safetensors, write_safetensors, writing
 
 NONE = -100  # a target that counts for nothing
@@ -100,7 +100,7 @@ def _lines(path, name):
 
 
 def _parquet(path, name):
-    parquet = _library("pyarrow.parquet", path)
+    parquet = library("pyarrow.parquet", path, "data")
     try:
         with parquet.ParquetFile(path) as file:
             for number, row in enumerate((row for batch in file.iter_batches(CHUNK) for row in batch.to_pylist()), 1):
@@ -113,19 +113,12 @@ def _hub(data, name):
     parts = re.split(r":(?![^[]*\])", data)[1:]  # a split may be train[:1000]
     if len(parts) > 3 or not all(parts):
         raise ValueError(f"{name}: {data} should be hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
-    datasets = _library("datasets", data)
+    datasets = library("datasets", data, "data")
     try:
         table = datasets.load_dataset(parts[0], parts[1] if len(parts) == 3 else None, split=parts[-1] if len(parts) > 1 else "train")
     except Exception as error:  # of the network, the hub, the library, whatever reads the files …
         raise ValueError(f"{name}: {data} cannot be loaded: {said(error.__cause__ or error)}") from None
     return data, [file["filename"] for file in table.cache_files], ((f"{data}:{n}", _present(row)) for n, row in enumerate(table, 1))
-
-
-def _library(module, data):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"{data} needs {module.partition('.')[0]}: pip install 'mambainllama[data]'") from None
 
 
 def _present(value):

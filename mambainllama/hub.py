@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import read_json, said, show
+from .config import library, read_json, said, show
 
 SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@[\w./-]+)?")
@@ -27,11 +27,11 @@ def fetch(folder, weights=True):
     name = os.fspath(folder)
     if os.path.lexists(name) or not NAME.fullmatch(name):
         return folder
-    library = _library(f"{name} is no folder, and to download the hub's model of that name")
+    hub = library("huggingface_hub", f"{name} is no folder, and to download the hub's model of that name", "hub")
     repo, _, revision = name.partition("@")
 
     def download(patterns):
-        return library.snapshot_download(repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"])
+        return hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"])
 
     try:
         found = Path(download(SETTINGS + ["*.safetensors"] * weights))
@@ -52,9 +52,9 @@ def push(folder, repo, private=False, evaluations=()):
         raise ValueError(f"{show(repo)} is no name on the hub, expected org/name")
     model, runs = _runs(Path(folder))
     card = None if (model / "README.md").exists() else model_card(model, runs, repo, evaluations)
-    library = _library(f"to upload to {repo}")
+    hub = library("huggingface_hub", f"to upload to {repo}", "hub")
     try:
-        api = library.HfApi()
+        api = hub.HfApi()
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(model), ignore_patterns=["*.tmp"], commit_message="Upload the model")
         if card:
@@ -62,14 +62,6 @@ def push(folder, repo, private=False, evaluations=()):
     except Exception as error:  # of the network, the hub, the disk
         raise ValueError(f"{model} cannot be uploaded to {repo}: {said(error)}") from None
     return str(address)
-
-
-def _library(what):
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(f"{what} needs huggingface_hub: pip install 'mambainllama[hub]'") from None
-    return huggingface_hub
 
 
 def _runs(folder):

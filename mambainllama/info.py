@@ -1,5 +1,6 @@
 """What a model folder holds, from its files alone: nothing is computed and no weights are read."""
 import os
+from collections import Counter
 from math import prod
 
 from .checkpoint import open_weights, shapes, training_names
@@ -92,11 +93,11 @@ def training_memory(arch, teacher, train, batch, length, real, moments="float32"
     activations = real * batch * length * (sum(layers) + backward if not recompute else len(layers) * C + max(layers) + backward)
     whole = 4 * trained
     if gradients == "bfloat16" and real == 2:
-        matrices = {name: prod(own[name]) for name in learns if len(own[name]) == 2 and not name.endswith("A_log")}
-        layer = {}
-        for name, count in matrices.items():
-            layer[name.split(".")[2] if ".layers." in name else name] = layer.get(name.split(".")[2] if ".layers." in name else name, 0) + count
-        whole += 4 * max(layer.values(), default=0) - 2 * sum(matrices.values())
+        at_once = Counter()  # matrices of a layer, or one by itself
+        for name in learns:
+            if len(own[name]) == 2 and not name.endswith("A_log"):
+                at_once[name.split(".")[2] if ".layers." in name else name] += prod(own[name])
+        whole += 4 * max(at_once.values(), default=0) - 2 * at_once.total()
     parts = {"weights": weights, "gradients": whole,
              "optimiser": trained * ((8 if moments == "float32" else 4) + (4 if real == 2 else 0)), "activations": activations}
     return {**parts, "total": sum(parts.values())}

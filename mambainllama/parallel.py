@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import said
+from .weights import rounded, widened
 
 LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"), ("PMIX_RANK", "SLURM_NTASKS"))
 KINDS = (ValueError, OSError, MemoryError, KeyboardInterrupt, RuntimeError)  # of errors, as all ranks raise them
@@ -150,8 +151,8 @@ class Ranks:
                                              self.core.SUM, self.bindings.Comm(self.nccl.ptr), stream)
                 continue
             whole, total = arena[first:first + width * count].view(np.uint16 if width == 2 else np.float32), np.empty(part, np.float32)
-            self.comm.Reduce_scatter_block(_widened(whole) if width == 2 else whole, total)
-            model.c.arena_put(own, (_rounded(total) if width == 2 else total).view(np.uint8))
+            self.comm.Reduce_scatter_block(widened(whole) if width == 2 else whole, total)
+            model.c.arena_put(own, (rounded(total) if width == 2 else total).view(np.uint8))
 
     def gather(self, model):
         """After a step: every rank gets the weights that the others have moved. The gradients are lost."""
@@ -209,14 +210,3 @@ class Ranks:
             print(f"mambainllama: without NCCL ({reasons[0]}) gradients and weights go through host memory; "
                   "pip install 'mambainllama[nccl]' brings it", file=sys.stderr)
         return None if reasons else found
-
-
-def _widened(bits):
-    """bf16's bits as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _rounded(values):
-    """The bits of the nearest bf16, the even one of two."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

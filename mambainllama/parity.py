@@ -14,6 +14,7 @@ import numpy as np
 
 from . import backend
 from .config import MAMBAS, SCAN_STATE, architecture
+from .weights import widened
 
 TOLERANCE = 1e-4
 EPS, TINY = 2.0**80, 2.0**-60
@@ -68,7 +69,7 @@ def _rows(model, name, ids):
     """Rows of a matrix, float64."""
     rows = np.stack([model.c.raw(name, int(i), 1)[0] for i in ids.flat])
     if rows.dtype == np.uint16:
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        rows = widened(rows)
     return rows.reshape(*ids.shape, -1).astype(np.float64)
 
 

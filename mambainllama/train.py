@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cache import Cache
-from .config import SINKS, said
-from .convert import convert_layers
+from .config import said
+from .convert import convert_layers, window_of
 from .model import DTYPES, fits, need_model
 from .objectives import LanguageModelling, evaluate, plus, share_of
 from .parallel import lost, ranks
@@ -246,7 +246,6 @@ def _fell(status, guard):
 def _check_layers(model, stages):
     """Every stage names layers that the model has, and window and sinks as convert_layers will take them."""
     kinds, (windows, sinks) = model.layer_kinds, model.c.windows()
-    sinks = sinks if any(windows) else None
     for i, stage in enumerate(stages):
         for layer in stage["mamba_layers"] or []:
             if layer >= len(kinds):
@@ -254,14 +253,13 @@ def _check_layers(model, stages):
         fresh, mixer = [layer for layer in stage["mamba_layers"] or [] if kinds[layer] == "attention"], mixer_of(stage, kinds)
         if not fresh:
             continue
-        if mixer != "window" and (stage["window"], stage["sinks"]) != (None, None):
-            raise ValueError(f"recipe: stages[{i}]: window and sinks go with mixer 'window', not with {mixer!r}")
-        if mixer == "window" and sinks is not None and stage["sinks"] not in (None, sinks):
-            raise ValueError(f"recipe: stages[{i}]: sinks is {stage['sinks']}, and the window layers before it have {sinks}: all have the same")
-        if mixer == "window" and sinks is None:
-            sinks = SINKS if stage["sinks"] is None else stage["sinks"]
+        try:
+            seen = window_of(mixer, stage["window"], stage["sinks"], windows, sinks, "the window layers before it have")
+        except ValueError as error:
+            raise ValueError(f"recipe: stages[{i}]: {error}") from None
+        sinks = seen[1] if mixer == "window" else sinks
         for layer in fresh:
-            kinds[layer] = mixer
+            kinds[layer], windows[layer] = mixer, seen[0]
 
 
 def _start(model, stage, data):
@@ -273,7 +271,8 @@ def _start(model, stage, data):
             raise ValueError(f"the student's layers {more} are Mamba already, and mamba_layers {stage['mamba_layers']} of its stage lacks them")
         fresh = [i for i in stage["mamba_layers"] if i not in mamba]
         if fresh:
-            convert_layers(model, fresh, mixer_of(stage, model.layer_kinds), stage["init"], stage["seed"], data=data, window=stage["window"], sinks=stage["sinks"])
+            convert_layers(model, fresh, mixer_of(stage, model.layer_kinds), stage["init"], stage["seed"], data=data, window=stage["window"],
+                           sinks=stage["sinks"])
     model.trainable(stage["train"], stage["gradients"])
     for name, (m, _, master) in ranks().moments(model, everywhere=True):
         zero = np.zeros(m.shape, DTYPES[stage["moments"]])

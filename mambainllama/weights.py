@@ -248,6 +248,17 @@ def write_safetensors(path, names, sizes, tensors, mark=""):
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
+def widened(bits):
+    """bf16's bits, uint16, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(values):
+    """The bits of the nearest bf16 of float32, the even one of two."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
 def write_torch(path, tensors):
     """Writes tensors, as write_weights takes them, to path (…/pytorch_model.bin) as torch.save writes a state_dict: a zip of a pickle and
     one member a tensor. model.safetensors beside it, which readers prefer, goes afterwards. Errors as write_weights."""

@@ -105,6 +105,19 @@ def backend(request):
         pytest.skip(str(error))
 
 
+def grown(run, before, times):
+    """Bytes of resident memory that `times` calls of run add to what it has after `before` of them."""
+    def resident():
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096
+    for _ in range(before):
+        run()
+    start = resident()
+    for _ in range(times):
+        run()
+    return resident() - start
+
+
 class Device:
     """Where models are, and how far apart two ways to the same numbers may be: ||a - b|| / ||b|| of logits and of gradients."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import mambainllama as mil
-from conftest import on
+from conftest import grown, on
 from test_generate import config, near, spoken  # noqa: F401 (a fixture)
 
 openai = pytest.importorskip("openai")
@@ -385,18 +385,10 @@ def test_a_model_without_a_tokenizer(spoken):  # noqa: F811
 
 def test_memory_stays_flat(served):
     client, _, _ = served
-    def resident():
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * 4096
     def run():
         for i in range(20):
             client.completions.create(model="x", prompt=["abc" * (i + 1)] * 4, max_tokens=4, logprobs=2, seed=i)
-    for _ in range(3):
-        run()
-    before = resident()
-    for _ in range(5):
-        run()
-    assert resident() - before < 4 << 20
+    assert grown(run, 3, 5) < 4 << 20
 
 
 def test_the_command_drains(spoken):  # noqa: F811

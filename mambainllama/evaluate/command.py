@@ -6,14 +6,9 @@ from .alpaca import JUDGE
 from .needle import LENGTHS
 
 
-def add(top, device_and_dtype):
-    """The parser of `evaluate` gets its commands."""
-    commands = top.add_subparsers(title="evaluations", metavar="KIND", required=True)
-
-    def command(name, run, help_, example):
-        p = commands.add_parser(name, help=help_, description=help_, epilog="examples:\n" + example, formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.set_defaults(run=run, parser=p)
-        return p
+def add(top, command_of, device_and_dtype):
+    """The parser of `evaluate` gets its commands; command_of and device_and_dtype are the command line's."""
+    command = command_of(top.add_subparsers(title="evaluations", metavar="KIND", required=True))
 
     def common(p):
         p.add_argument("--out", required=True, metavar="DIR", help="folder of the answers and results; the same call goes on in it")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..config import parse_json, said
 from ..generate import ROWS, encode_prompt, generate
 from ..weights import replacing, writing
 
@@ -142,20 +143,16 @@ def library(name, extra="evaluate"):
     try:
         return import_module(name)
     except ImportError as error:
-        raise ValueError(f"this needs {name.partition('.')[0]}: pip install 'mambainllama[{extra}]' ({' '.join(str(error).split())})") from None
+        raise ValueError(f"this needs {name.partition('.')[0]}: pip install 'mambainllama[{extra}]' ({said(error)})") from None
 
 
 def read_object(path, what=dict):
     """A file's JSON, of the kind `what`. ValueError: no such thing."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        text = Path(path).read_bytes()  # of any size
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, what):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected {'an object' if what is dict else 'a list'}")
-    return value
+    return parse_json(text, path, what=what)
 
 
 def read_text(path):
